@@ -1,0 +1,69 @@
+"""Parameter-efficient fine-tuning as Lightning callbacks."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> defining module; loaded when it is first asked for, so that the import itself stays cheap
+_PUBLIC = {
+    "LoRA": "lightning_peft.methods.lora",
+    "BitFit": "lightning_peft.methods.bitfit",
+    "LNTuning": "lightning_peft.methods.ln_tuning",
+    "Houlsby": "lightning_peft.methods.houlsby",
+    "ParallelAdapter": "lightning_peft.methods.parallel",
+    "IA3": "lightning_peft.methods.ia3",
+    "LoReFT": "lightning_peft.methods.loreft",
+    "PromptTuning": "lightning_peft.methods.prompt_tuning",
+    "PrefixTuning": "lightning_peft.methods.prefix_tuning",
+    "MAM": "lightning_peft.methods.mam",
+    "FullFineTuning": "lightning_peft.methods.full",
+    "LinearProbe": "lightning_peft.methods.linear_probe",
+    "PEFT": "lightning_peft.callback",
+    "Adapter": "lightning_peft.core.adapter",
+    "Method": "lightning_peft.core.method",
+    "REGISTRY": "lightning_peft.core.method",
+    "Site": "lightning_peft.core.sites",
+    "sites": "lightning_peft.core.sites",
+    "save_adapter": "lightning_peft.core.files",
+    "load_adapter": "lightning_peft.core.files",
+    "PEFTStrategyMixin": "lightning_peft.strategies",
+    "PEFTSingleDeviceStrategy": "lightning_peft.strategies",
+    "PEFTDDPStrategy": "lightning_peft.strategies",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lightning_peft' has no attribute {name!r}. Known: {', '.join(_PUBLIC)}.")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from lightning_peft.callback import PEFT
+    from lightning_peft.core.adapter import Adapter
+    from lightning_peft.core.files import load_adapter, save_adapter
+    from lightning_peft.core.method import REGISTRY, Method
+    from lightning_peft.core.sites import Site, sites
+    from lightning_peft.methods import (
+        IA3,
+        MAM,
+        BitFit,
+        FullFineTuning,
+        Houlsby,
+        LinearProbe,
+        LNTuning,
+        LoRA,
+        LoReFT,
+        ParallelAdapter,
+        PrefixTuning,
+        PromptTuning,
+    )
+    from lightning_peft.strategies import PEFTDDPStrategy, PEFTSingleDeviceStrategy, PEFTStrategyMixin

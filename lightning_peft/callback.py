@@ -1,0 +1,276 @@
+"""PEFT: a method as a Lightning callback. The life cycle in a Trainer, once for all methods."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_peft import checkpoint
+from lightning_peft.core import state
+from lightning_peft.core.method import Method, NothingToTrainError
+from lightning_peft.resume import ExactResume
+
+log = logging.getLogger("lightning_peft")
+PLAIN_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+
+
+class LifeCycleError(RuntimeError):
+    """The Trainer, the strategy or the model is used in a way that would train the wrong thing."""
+
+
+class PEFT(Method, Callback):
+    """A method that is put into a model by `Trainer(callbacks=[...])`, or by `apply(model)` without a Trainer.
+
+    Order: the module is built (`__init__`, `setup`, `configure_model`) -> adapters go in, the base is frozen -> weights are
+    restored -> the strategy moves and wraps -> optimizers are made. Idempotent over fit, validate, test and predict.
+    """
+
+    # -------------------------------------------------------------- injection
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_strategy(trainer.strategy)
+        lend(trainer.strategy, pl_module)
+        patches: list[Any] = vars(pl_module).setdefault("_peft_pending", [])
+        if not patches:
+            build = pl_module.configure_model
+
+            def configure_model() -> None:  # no functools.wraps: is_overridden follows __wrapped__ and would skip it
+                build()
+                inject(pl_module)
+
+            pl_module.configure_model = configure_model  # type: ignore[method-assign]
+        if self not in patches:
+            patches.append(self)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        unpatch(pl_module)
+        ExactResume.uninstall(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        unpatch(pl_module)
+        ExactResume.uninstall(trainer)
+
+    @property
+    def name_on_model(self) -> str:
+        return self.label or self.info.name
+
+    @property
+    def state_key(self) -> str:
+        return f"lightning_peft.{self.name_on_model}"
+
+    # -------------------------------------------------------------- audit
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        audit(trainer, pl_module)
+        if self._leads(pl_module):
+            self._resume.install(trainer)
+            announce(trainer, pl_module)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._leads(pl_module):
+            state.mask_gradients(pl_module)
+            if not vars(self).get("_checked_gradients"):
+                vars(self)["_checked_gradients"] = True
+                warn_without_gradient(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._leads(pl_module):
+            state.restore_unselected(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._leads(pl_module):
+            self._resume.on_train_start(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._leads(pl_module):
+            self._resume.on_train_epoch_start()
+
+    def _leads(self, pl_module: pl.LightningModule) -> bool:
+        """Whether this is the first of the methods on the module: what concerns them all is done once."""
+        first = next(iter(state.applied_to(pl_module).values()), None)
+        return first is not None and first.method is self
+
+    @property
+    def _resume(self) -> ExactResume:
+        return vars(self).setdefault("_exact_resume", ExactResume())
+
+    # -------------------------------------------------------------- checkpoint
+    def state_dict(self) -> dict[str, Any]:
+        model = vars(self).get("_module", lambda: None)()
+        applied = state.applied_to(model).get(self.name_on_model) if model is not None else None
+        entry: dict[str, Any] = {"method": self.info.name, "config": self.config(), "label": self.name_on_model}
+        if applied is not None:
+            entry["fingerprint"] = applied.fingerprint
+            if self._leads(model):
+                entry["rng"] = self._resume.state_dict()
+        return entry
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        model = vars(self).get("_module", lambda: None)()
+        applied = state.applied_to(model).get(self.name_on_model) if model is not None else None
+        if state_dict.get("method") != self.info.name:
+            raise checkpoint.CheckpointError(
+                f"The checkpoint was made with {state_dict.get('method')!r} under the label {self.name_on_model!r}; "
+                f"this is {self.info.name!r}. Use the same method."
+            )
+        saved = state_dict.get("fingerprint")
+        if applied is not None and saved is not None and saved != applied.fingerprint:
+            raise checkpoint.CheckpointError(
+                f"The checkpoint was made on another base model: fingerprint {saved} there, {applied.fingerprint} here "
+                f"({type(model).__name__}). Load the base weights that it was trained on."
+            )
+        if "rng" in state_dict:
+            self._resume.load_state_dict(state_dict["rng"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Configuration only: what belongs to a run stays with it."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+
+# ------------------------------------------------------------------ pieces of the life cycle
+def inject(pl_module: pl.LightningModule) -> None:
+    """Apply every pending method once; called when the module is completely built."""
+    for method in vars(pl_module).get("_peft_pending", []):
+        vars(method)["_module"] = weakref.ref(pl_module)
+        known = state.applied_to(pl_module).get(method.name_on_model)
+        if known is None or known.method is not method:
+            if known is not None and resumable(known, method):
+                known.method = method
+                continue
+            method.apply(pl_module)
+    for name, parameter in pl_module.named_parameters():
+        if parameter.is_meta:
+            raise LifeCycleError(
+                f"{name!r} is on the meta device when the model should be complete. Give it memory and weights at the end of "
+                "configure_model (to_empty, then load_state_dict), so that adapters go onto real weights."
+            )
+
+
+def resumable(known: state.Applied, method: Method) -> bool:
+    """Whether an equal method was put on this module before, by another Trainer or by `load_adapter`."""
+    return type(known.method) is type(method) and known.method.config() == method.config()
+
+
+def unpatch(pl_module: pl.LightningModule) -> None:
+    if vars(pl_module).pop("_peft_pending", None) is not None:
+        vars(pl_module).pop("configure_model", None)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    if isinstance(strategy, PLAIN_STRATEGIES) or getattr(strategy, "supports_peft", False):
+        return
+    raise LifeCycleError(
+        f"{type(strategy).__name__} shards or wraps the model in a way that a callback alone cannot follow (silently training "
+        "the wrong parameters). Known: SingleDeviceStrategy, DDPStrategy, and strategies made with PEFTStrategyMixin "
+        "(strategy='peft_single_device', 'peft_ddp')."
+    )
+
+
+def lend(strategy: Strategy, pl_module: pl.LightningModule) -> None:
+    """Give a plain strategy the checkpoint functions that the mixin has built in; picklable, and kept after the run."""
+    if getattr(strategy, "supports_peft", False) or "lightning_module_state_dict" in vars(strategy):
+        return
+    for name in ("lightning_module_state_dict", "load_model_state_dict", "optimizer_state", "load_optimizer_state_dict"):
+        setattr(strategy, name, functools.partial(LENT[name], strategy, type(strategy)))
+    if isinstance(strategy, DDPStrategy):
+        strategy.configure_ddp = functools.partial(configure_ddp, strategy, type(strategy))  # type: ignore[method-assign]
+
+
+def _module_state(strategy: Any, kind: Any) -> dict[str, Tensor]:
+    return checkpoint.model_state(strategy.lightning_module, kind.lightning_module_state_dict(strategy))
+
+
+def _load_module_state(strategy: Any, kind: Any, loaded: Any, strict: bool = True) -> None:
+    checkpoint.load_model_state(strategy.lightning_module, loaded["state_dict"], strict)
+
+
+def _optimizer_state(strategy: Any, kind: Any, optimizer: Any) -> dict[str, Any]:
+    plain = getattr(optimizer, "_optimizer", optimizer)
+    return checkpoint.optimizer_state(strategy.lightning_module, plain, kind.optimizer_state(strategy, optimizer))
+
+
+def _load_optimizer_state(strategy: Any, kind: Any, loaded: Any) -> None:
+    pairs = zip(strategy.optimizers, loaded["optimizer_states"], strict=True)
+    module = strategy.lightning_module
+    states = [checkpoint.numbered_optimizer_state(module, optimizer, saved) for optimizer, saved in pairs]
+    kind.load_optimizer_state_dict(strategy, {**loaded, "optimizer_states": states})
+
+
+def configure_ddp(strategy: Any, kind: Any) -> None:
+    """Frozen parameters are the same on all ranks: DDP neither broadcasts nor reduces them."""
+    module = strategy.lightning_module
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    check_equal_across_ranks(module, frozen)
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
+    kind.configure_ddp(strategy)
+
+
+LENT = {
+    "lightning_module_state_dict": _module_state,
+    "load_model_state_dict": _load_module_state,
+    "optimizer_state": _optimizer_state,
+    "load_optimizer_state_dict": _load_optimizer_state,
+}
+
+
+def check_equal_across_ranks(module: nn.Module, names: list[str]) -> None:
+    """Raise where ranks hold different values under these names: nothing would ever make them equal."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    parameters = dict(module.named_parameters())
+    mine = {name: state.fingerprint([(name, parameters[name])]) for name in names}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            different = sorted(n for n in set(theirs) | set(everyone[0]) if theirs.get(n) != everyone[0].get(n))
+            raise LifeCycleError(
+                f"Rank {rank} holds another base than rank 0: {different[:5]} ({len(different)} parameters). Frozen parameters "
+                "are not synchronised: load them from a file, or call seed_everything before building the model."
+            )
+
+
+def audit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """What trains = what the methods chose = what the optimizers hold; equal names and values on all ranks."""
+    wanted = state.trainable(pl_module)
+    if not wanted:
+        raise NothingToTrainError(
+            f"The methods on this {type(pl_module).__name__} ({list(state.applied_to(pl_module))}) train no parameter."
+        )
+    moving = {name for name, p in pl_module.named_parameters() if p.requires_grad}
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    problems = {
+        "have requires_grad but belong to no method": sorted(moving - set(wanted)),
+        "belong to a method but have no requires_grad": sorted(set(wanted) - moving),
+        "belong to a method but are in no optimizer": sorted(n for n, p in wanted.items() if id(p) not in held),
+    }
+    for what, names in problems.items():
+        if names:
+            raise LifeCycleError(
+                f"{len(names)} parameters {what}: {names[:5]}. Leave requires_grad to the methods, and give the optimizer "
+                "self.parameters() (or those with requires_grad) in configure_optimizers."
+            )
+    check_equal_across_ranks(pl_module, sorted(wanted))
+
+
+def announce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """One line on rank zero: methods, sites, counts, what a checkpoint of the weights takes."""
+    facts = state.describe(pl_module)
+    rank_zero_info(
+        f"PEFT: {', '.join(state.applied_to(pl_module))} at {facts['sites']} sites | trainable {facts['trainable']:,} of "
+        f"{facts['total']:,} ({facts['percent']:.4f} %) | weights in a checkpoint {facts['bytes'] / 2**20:.2f} MiB"
+    )
+
+
+def warn_without_gradient(pl_module: pl.LightningModule) -> None:
+    """Name what the first backward did not reach: most often a part of the model that the loss does not use."""
+    missing = [name for name, p in state.trainable(pl_module).items() if p.grad is None]
+    if missing:
+        log.warning("%d trainable parameters got no gradient in the first backward: %s", len(missing), missing[:5])

@@ -1,0 +1,88 @@
+"""What goes into a Lightning checkpoint and comes back: adapters, trained parameters and changed buffers, never the base.
+
+One implementation for the callback alone (it lends these functions to a plain strategy) and for the strategy mixin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.core import state
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not belong to this model and these methods."""
+
+
+def model_state(module: nn.Module, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of the module's state dict that a checkpoint keeps; all of them where no method is applied."""
+    if not state.applied_to(module):
+        return dict(full)
+    kept = state.saved(module)
+    return {name: tensor for name, tensor in full.items() if name in kept}
+
+
+def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: bool = True) -> None:
+    """Load what `model_state` kept. Each adapter and trained parameter must be there; nothing may be left over."""
+    if not state.applied_to(module):
+        module.load_state_dict(dict(given), strict=strict)
+        return
+    required = state.required(module)
+    missing, extra = sorted(required - set(given)), sorted(set(given) - set(module.state_dict()))
+    if missing or extra:
+        raise CheckpointError(
+            f"The checkpoint does not fit. Missing: {_some(missing)}. Unknown to this model: {_some(extra)}. It holds "
+            f"{len(given)} tensors, this model with {list(state.applied_to(module))} needs {len(required)}. Use the method, "
+            "configuration and model that the checkpoint was made with."
+        )
+    own = module.state_dict()
+    for name, tensor in given.items():
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} here.")
+    module.load_state_dict(dict(given), strict=False)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) or "nothing"
+    return f"{shown}, ... ({len(names)})" if len(names) > 5 else shown
+
+
+def optimizer_state(module: nn.Module, optimizer: Optimizer, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's state with parameter names in place of numbers, so that it survives another order or strategy."""
+    if not given:
+        return dict(given)
+    names = _names(module, optimizer)
+    return {
+        **given,
+        "state": {names[index]: value for index, value in given["state"].items()},
+        "param_groups": [{**group, "params": [names[i] for i in group["params"]]} for group in given["param_groups"]],
+    }
+
+
+def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `optimizer_state`, for the order of parameters in `optimizer`; states with numbers pass through."""
+    if not any(isinstance(p, str) for group in given.get("param_groups", []) for p in group["params"]):
+        return dict(given)
+    names = _names(module, optimizer)
+    saved = {name for group in given["param_groups"] for name in group["params"]}
+    if saved != set(names):
+        raise CheckpointError(
+            f"The optimizer's parameters differ. Only in the checkpoint: {_some(sorted(saved - set(names)))}. Only here: "
+            f"{_some(sorted(set(names) - saved))}. Resume with the same method and the same heads."
+        )
+    number = {name: index for index, name in enumerate(names)}
+    groups, start = [], 0
+    for group, own in zip(given["param_groups"], optimizer.param_groups, strict=True):
+        groups.append({**group, "params": list(range(start, start + len(own["params"])))})
+        start += len(own["params"])
+    return {**given, "state": {number[name]: value for name, value in given["state"].items()}, "param_groups": groups}
+
+
+def _names(module: nn.Module, optimizer: Optimizer) -> list[str]:
+    known = {id(parameter): name for name, parameter in module.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return [known.get(id(p), f"#{index}") for index, p in enumerate(parameters)]

@@ -1,0 +1,227 @@
+"""Adapters: modules that are computed *around* another module, which keeps its class, its name and its parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LabelError(ValueError):
+    """A label that is taken, unknown, or cannot be the name of a module."""
+
+
+class NotMergeableError(TypeError):
+    """The adapter's change is no change of one weight, so nothing can be folded."""
+
+
+class Cell:
+    """One switch shared by all adapters of a label: flipping it is O(1), whatever the size of the model."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.merged = False
+        self.on = True
+
+    def set(self, *, enabled: bool | None = None, merged: bool | None = None) -> None:
+        self.enabled = self.enabled if enabled is None else enabled
+        self.merged = self.merged if merged is None else merged
+        self.on = self.enabled and not self.merged
+
+
+class Adapter(nn.Module):
+    """y = adapter(base, x): computed in place of y = base(x).
+
+    `forward(base, *args, **kwargs)` decides when `base` runs, on what, and what becomes of its result. `delta(weight)`
+    is the same change written as an update of the weight (d_out, d_in); only adapters for which that is exact have it.
+    """
+
+    cell: Cell
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = Cell()
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no forward(base, *args, **kwargs); define one.")
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """The change of `weight` (d_out, d_in) that has the same effect, in the dtype of `weight`."""
+        raise NotMergeableError(
+            f"{type(self).__name__} cannot be folded into a weight. Keep it attached, or `remove` it to get the base back."
+        )
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight (d_out, d_in) and bias (d_out,) of a plain projection that computes what the adapted one does."""
+        return weight + self.delta(weight), bias
+
+    def reset(self, draw: Any) -> None:
+        """Initialise every own parameter through `draw` (`core.init.Draw`), never from the global generator."""
+
+    def collapsed(self) -> dict[str, Tensor]:
+        """The tensors that go into an adapter file; a reparametrised adapter gives what it stands for."""
+        return dict(self.state_dict())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Follow the base to another device, but keep the dtype: adapters are masters in fp32 unless asked otherwise."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+    def cast_(self, dtype: torch.dtype) -> Adapter:
+        """Change the dtype of the adapter's own tensors; `.to(dtype)` on the model leaves them alone on purpose."""
+        super()._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        return self
+
+
+class Adapters(nn.Module):
+    """The adapters of one module by label, in the order in which they wrap it. Any label without a dot will do."""
+
+    def add(self, label: str, adapter: Adapter) -> None:
+        self._modules[label] = adapter
+
+    def drop(self, label: str) -> Adapter:
+        return self._modules.pop(label)  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __contains__(self, label: str) -> bool:
+        return label in self._modules
+
+    def __getitem__(self, label: str) -> Adapter:
+        return self._modules[label]  # type: ignore[return-value]
+
+    def running(self) -> list[Adapter]:
+        return [adapter for adapter in self._modules.values() if adapter.cell.on]  # type: ignore[union-attr, misc]
+
+
+class Host(nn.Module):
+    """A place inside a module that is no module of its own (a slice, the attention product); it holds adapters only."""
+
+    is_host = True
+
+
+def through(module: nn.Module | None, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Nest the running adapters of `module` (if any) around `base`, the last one outermost, and call the result."""
+    adapters = None if module is None else module._modules.get("adapters")
+    if adapters is not None:
+        for adapter in adapters._modules.values():
+            if adapter.cell.on:  # type: ignore[union-attr]
+                base = functools.partial(adapter, base)  # type: ignore[arg-type]
+    return base(*args, **kwargs)
+
+
+class Route:
+    """Stands in for `module.forward`; what was there before (the class's own, or another library's) runs innermost."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.inner: Callable[..., Any] | None = vars(module).get("forward")
+
+    def base(self) -> Callable[..., Any]:
+        return self.inner or MethodType(type(self.module).forward, self.module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return through(self.module, self.base(), *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.base())
+
+
+class Takeover(Route):
+    """A forward rewritten so that places inside the module become visible; without running adapters, the original."""
+
+    def hosts(self) -> dict[str, Host]:
+        return {name: child for name, child in self.module.named_children() if isinstance(child, Host)}
+
+    def busy(self) -> bool:
+        return any(adapter.cell.on for host in self.hosts().values() for adapter in host.adapters.children())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rewritten(*args, **kwargs) if self.busy() else self.base()(*args, **kwargs)
+
+    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no rewritten forward.")
+
+    def through(self, name: str, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `base` through the adapters of the place called `name`, where there are any."""
+        return through(self.module._modules.get(name), base, *args, **kwargs)
+
+
+def check_label(label: str) -> str:
+    if not isinstance(label, str) or not label or "." in label:
+        raise LabelError(f"label={label!r} cannot name an adapter: give a non-empty string without dots.")
+    return label
+
+
+def attach(module: nn.Module, label: str, adapter: Adapter) -> None:
+    """Put `adapter` around `module` as `module.adapters.<label>`; class and parameter names of the base stay as they are."""
+    check_label(label)
+    if not isinstance(module._modules.get("adapters"), Adapters):
+        _open(module)
+    container: Adapters = module.adapters  # type: ignore[assignment]
+    if label in container:
+        raise LabelError(f"label={label!r} is taken on this {type(module).__name__}; known: {list(container._modules)}.")
+    container.add(label, adapter.train(module.training))
+
+
+def _open(module: nn.Module) -> None:
+    if hasattr(module, "adapters"):
+        raise LabelError(
+            f"{type(module).__name__} has an attribute `adapters` of its own ({type(module.adapters).__name__}), "
+            "which is where adapters are kept. Exclude it with exclude=..., or rename the attribute."
+        )
+    module.add_module("adapters", Adapters().train(module.training))
+    if not isinstance(module, Host):
+        module.forward = Route(module)  # type: ignore[method-assign]
+
+
+def detach(module: nn.Module, label: str) -> Adapter:
+    """Take the adapter off again; the last one leaves the module exactly as it was found."""
+    container = module._modules.get("adapters")
+    if not isinstance(container, Adapters) or label not in container:
+        known = list(container._modules) if isinstance(container, Adapters) else []
+        raise LabelError(f"No adapter labelled {label!r} on this {type(module).__name__}; known: {known}.")
+    adapter = container.drop(label)
+    if not len(container):
+        del module._modules["adapters"]
+        unlink(module, Route)
+    return adapter
+
+
+def unlink(module: nn.Module, kind: type[Route]) -> None:
+    """Take the link of exactly this kind out of the chain of forwards on `module`."""
+    above, link = None, vars(module).get("forward")
+    while isinstance(link, Route) and type(link) is not kind:
+        above, link = link, link.inner
+    if not isinstance(link, Route):
+        return  # another library wrapped the chain after us: our link passes everything through and stays
+    if above is not None:
+        above.inner = link.inner
+    elif link.inner is not None:
+        module.forward = link.inner  # type: ignore[method-assign]
+    else:
+        del vars(module)["forward"]
+
+
+def take_over(module: nn.Module, kind: type[Takeover]) -> None:
+    """Install `kind` under any adapters that are around the whole module already; once."""
+    link = vars(module).get("forward")
+    if isinstance(link, kind):
+        return
+    if type(link) is not Route:
+        module.forward = kind(module)  # type: ignore[method-assign]
+        return
+    if not isinstance(link.inner, kind):
+        takeover = kind(module)
+        takeover.inner, link.inner = link.inner, takeover

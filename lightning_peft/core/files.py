@@ -1,0 +1,256 @@
+"""Adapter directories: `adapter.safetensors` + `adapter.json`; written whole or not at all, verified, never pickled.
+
+Tensors are keyed by what they are, not by the label under which they were trained:
+`adapter/<module>/<key>/<tensor>` for adapters, `base/<parameter>` for parameters and buffers of the base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_peft.core import state
+from lightning_peft.core.adapter import check_label
+from lightning_peft.core.method import REGISTRY, Method, remove
+from lightning_peft.core.state import Applied
+
+SCHEMA = 1
+WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
+
+
+class AdapterFileError(RuntimeError):
+    """An adapter directory that cannot be written, read, or used on this model."""
+
+
+# ------------------------------------------------------------------ saving
+def save_adapter(model: nn.Module, directory: str | Path, label: str | None = None) -> Path:
+    """Write the method applied under `label` (or the only one) to `directory`; an earlier one there is replaced whole.
+
+    Errors: AdapterFileError where a tensor is not finite or the path is a file; nothing is changed then.
+    """
+    applied, directory = state.get_applied(model, label), Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise AdapterFileError(f"{directory} is a file; an adapter is a directory. Choose another path.")
+    if applied.cell.merged:
+        raise AdapterFileError(f"{applied.label!r} is merged into the base. Call unmerge first, then save.")
+    tensors = {key: tensor.detach().contiguous().cpu().clone() for key, tensor in collected(model, applied).items()}
+    if bad := [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
+        raise AdapterFileError(f"{len(bad)} tensors hold NaN or infinity ({bad[:3]}); nothing was written.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        (fresh / CONFIG).write_text(json.dumps(description(applied), indent=2, sort_keys=True) + "\n")
+        verify(fresh, tensors)
+        replace_directory(fresh, directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return directory
+
+
+def collected(model: nn.Module, applied: Applied) -> dict[str, Tensor]:
+    """Everything that belongs to a label: collapsed adapters, trained base parameters, changed buffers; shared ones once."""
+    names = {id(module): name for name, module in model.named_modules()}
+    out: dict[str, Tensor] = {}
+    for placement in applied.placements:
+        for name, tensor in placement.adapter.collapsed().items():
+            out[adapter_key(names, applied, placement, name)] = tensor
+    for selected in applied.selected:
+        out[base_key(names, selected.module, selected.attribute)] = selected.parameter
+    registry = state.registry_of(model)
+    for module, name, old in registry.buffers if registry else []:
+        if id(module) in names and state.digest(getattr(module, name)) != old:
+            out[base_key(names, module, name)] = getattr(module, name)
+    return out
+
+
+def adapter_key(names: dict[int, str], applied: Applied, placement: state.Placement, tensor: str) -> str:
+    part = placement.key.removeprefix(applied.label).lstrip("_")  # which of the method's parts, where there are several
+    return f"adapter/{names[id(placement.place)]}/{part}/{tensor}"
+
+
+def base_key(names: dict[int, str], module: nn.Module, attribute: str) -> str:
+    return f"base/{names[id(module)]}.{attribute}" if names[id(module)] else f"base/{attribute}"
+
+
+def description(applied: Applied) -> dict[str, Any]:
+    import lightning_peft
+
+    method = applied.method.portable()
+    return {
+        "schema": SCHEMA,
+        "method": method.info.name,
+        "config": {k: v for k, v in method.config(defaults=False).items() if k != "label"},
+        "label": applied.label,
+        "fingerprint": applied.fingerprint,
+        "versions": {"lightning_peft": lightning_peft.__version__, "torch": torch.__version__},
+    }
+
+
+def verify(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Read back what was written, bit for bit."""
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        same = set(file.keys()) == set(tensors) and all(_equal(file.get_tensor(k), t) for k, t in tensors.items())
+    if not same:
+        raise AdapterFileError(f"{directory.parent}: what was read back differs from what was written. Is the disk full?")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def replace_directory(fresh: Path, target: Path) -> None:
+    """Put `fresh` in the place of `target`; if that fails, the old one is still there."""
+    if not target.exists():
+        os.replace(fresh, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    os.replace(target, old / "kept")
+    try:
+        os.replace(fresh, target)
+    except OSError:
+        os.replace(old / "kept", target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# ------------------------------------------------------------------ loading
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The checked contents of `adapter.json`."""
+    path = Path(directory) / CONFIG
+    if not path.is_file():
+        raise AdapterFileError(f"{directory} holds no {CONFIG}. An adapter directory has {CONFIG} and {WEIGHTS}.")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFileError(f"{path} is not JSON ({error}). Save the adapter again.") from error
+    if not isinstance(config, dict) or not {"schema", "method", "config", "fingerprint"} <= set(config):
+        raise AdapterFileError(f"{path} lacks one of schema, method, config, fingerprint. Save the adapter again.")
+    if config["schema"] != SCHEMA:
+        raise AdapterFileError(
+            f"{path} has schema {config['schema']}; this version of lightning_peft reads schema {SCHEMA}. Update the package."
+        )
+    return config
+
+
+def read_method(directory: str | Path, label: str | None = None) -> Method:
+    """The method with the configuration of an adapter directory, not yet applied to anything."""
+    import lightning_peft.methods  # noqa: F401  fills the registry
+
+    config = read_config(directory)
+    if config["method"] not in REGISTRY:
+        raise AdapterFileError(f"{directory} was made with the method {config['method']!r}; known: {', '.join(sorted(REGISTRY))}.")
+    try:
+        return REGISTRY[config["method"]](**{**config["config"], "label": label or config.get("label")})
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{directory}: the configuration does not fit {config['method']!r}: {error}") from error
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    label: str | None = None,
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+) -> Method:
+    """Apply the method of an adapter directory to `model` with its trained tensors, and return it.
+
+    Modules are found by name; a prefix that the whole model has more or less (`model.`) is bridged. check_base=False allows
+    another base than the one trained on. On any error the model is as it was.
+    """
+    method = read_method(directory, label)
+    tensors = read_tensors(directory)
+    check_label(method.label or method.info.name)
+    method.apply(model, trainable=trainable)
+    try:
+        fill(model, state.get_applied(model, method.label or method.info.name), tensors, Path(directory), check_base)
+    except Exception:
+        remove(model, method.label or method.info.name)
+        raise
+    return method
+
+
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise AdapterFileError(f"{directory} holds no {WEIGHTS}. An adapter directory has {CONFIG} and {WEIGHTS}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} cannot be read ({error}): it is cut short or damaged. Copy or save it again.") from error
+    if bad := [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        raise AdapterFileError(f"{path} holds NaN or infinity in {len(bad)} tensors ({bad[:3]}). Use an earlier save.")
+    return tensors
+
+
+def fill(model: nn.Module, applied: Applied, tensors: dict[str, Tensor], directory: Path, check_base: bool) -> None:
+    wanted = collected(model, applied)
+    tensors = aligned(model, tensors, set(wanted), directory)
+    buffers = {id(b) for _, _, b in state.persistent_buffers(model)}
+    own = {key: tensor for key, tensor in destinations(model, applied, tensors)}
+    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or extra:
+        raise AdapterFileError(
+            f"{directory} does not fit this {type(model).__name__}. Missing in the file: {missing[:4]} ({len(missing)}). "
+            f"Unknown to the model: {extra[:4]} ({len(extra)}). Use the model that the adapter was trained on."
+        )
+    for key, target in own.items():
+        if target.shape != tensors[key].shape:
+            raise AdapterFileError(f"{directory}: {key!r} is {tuple(tensors[key].shape)}, the model needs {tuple(target.shape)}.")
+    saved = read_config(directory)["fingerprint"]
+    if check_base and saved != applied.fingerprint:
+        raise AdapterFileError(
+            f"{directory} was trained on another base: fingerprint {saved}, this {type(model).__name__} has "
+            f"{applied.fingerprint}. Load the base it was trained on, or pass check_base=False if you know better."
+        )
+    with torch.no_grad():
+        for key, target in own.items():
+            target.copy_(tensors[key])
+    del buffers
+
+
+def destinations(model: nn.Module, applied: Applied, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Key -> the tensor of the model to copy into, for what the file holds."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for placement in applied.placements:
+        for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
+            if (key := adapter_key(names, applied, placement, name)) in tensors:
+                yield key, tensor
+    for selected in applied.selected:
+        if (key := base_key(names, selected.module, selected.attribute)) in tensors:
+            yield key, selected.parameter
+    for module, name, buffer in state.persistent_buffers(model):
+        if (key := base_key(names, module, name)) in tensors:
+            yield key, buffer
+
+
+def aligned(model: nn.Module, tensors: dict[str, Tensor], wanted: set[str], directory: Path) -> dict[str, Tensor]:
+    """The file's keys as this model spells them: the same, or with one prefix more or less on every module."""
+    if wanted <= set(tensors):
+        return tensors
+    prefixes = [f"{name}." for name, _ in model.named_modules() if name and name.count(".") < 2]
+    heads = {key.split("/")[1].split(".")[0] + "." for key in tensors}
+    moves = [lambda n, p=p: p + n for p in prefixes] + [lambda n, h=h: n.removeprefix(h) for h in heads]
+    for move in moves:
+        moved = {_moved(key, move): tensor for key, tensor in tensors.items()}
+        if wanted <= set(moved) and len(moved) == len(tensors):
+            return moved
+    return tensors
+
+
+def _moved(key: str, move: Any) -> str:
+    kind, name, *rest = key.split("/")
+    return "/".join([kind, move(name), *rest])

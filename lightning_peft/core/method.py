@@ -1,0 +1,428 @@
+"""Method: the fields are the configuration, the class line is the registration, the hooks say what changes where."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import dataclass_transform
+
+from lightning_peft.core import state
+from lightning_peft.core.adapter import Adapter, LabelError, attach, check_label, detach
+from lightning_peft.core.fields import check_fields, unknown_field
+from lightning_peft.core.init import Draw
+from lightning_peft.core.merge import merge, unmerge
+from lightning_peft.core.projection import close_place, open_place
+from lightning_peft.core.sites import Site, Sites, find, roles, sites
+from lightning_peft.core.state import Applied, Placement, Selected
+
+log = logging.getLogger("lightning_peft")
+
+Family = Literal["reparametrisation", "additive", "soft prompt", "representation", "selective", "hybrid", "baseline"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a method says about itself; the README row, the docs page and the tests are made of it."""
+
+    name: str
+    family: Family
+    paper: str
+    mergeable: bool
+    identity: bool  # the adapted model equals the base at step 0
+    equation: str
+
+
+REGISTRY: dict[str, type[Method]] = {}
+
+
+class NothingToTrainError(ValueError):
+    """The method found no parameter to train."""
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
+@dataclass(kw_only=True, eq=False)
+class Method:
+    """Common fields: where (`targets`, `layers`, `exclude`), what else trains (`heads`), under which `label`.
+
+    targets: roles, globs or `re:` patterns (see `core.sites`); None where the method needs none.
+    layers: "last:6", "2-5", [0, 3], ... of each stack; exclude: patterns that are left out.
+    heads: "auto" trains task heads (classifier, score, head, ...; never a language-model head), None trains none,
+        patterns train the modules they match; heads are saved with the adapter.
+    label: the adapter's name on the model; None takes the method's name. seed: of the adapter's initial tensors.
+    dtype: of the adapter's tensors; "base" takes that of the adapted weight.
+    """
+
+    targets: str | list[str] | None = None
+    layers: str | int | list[int] | None = None
+    exclude: str | list[str] | None = None
+    heads: str | list[str] | None = "auto"
+    label: str | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = "float32"
+
+    info: ClassVar[Info]
+
+    @property
+    def scope(self) -> Literal["targets", "model"]:
+        """Which parameters `select` is asked about: those of the target modules, or all."""
+        return "targets"
+
+    @property
+    def places(self) -> str | list[str] | None:
+        """Where adapters go; `targets` unless a method says otherwise."""
+        return self.targets
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether parameters that train in place are copied to the CPU first, so that `remove` can restore them."""
+        return True
+
+    def __init_subclass__(
+        cls,
+        name: str | None = None,
+        family: Family | None = None,
+        paper: str = "",
+        mergeable: bool = False,
+        identity: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclass(kw_only=True, eq=False)(cls)
+        if name is None or family is None:
+            return
+        if (taken := REGISTRY.get(name)) is not None and taken.__qualname__ != cls.__qualname__:
+            raise ValueError(f"A method named {name!r} is registered: {taken.__module__}.{taken.__name__}. Choose another name.")
+        equation = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
+        cls.info = Info(name, family, paper, mergeable, identity, equation)
+        REGISTRY[name] = cls
+
+    def __new__(cls, *_: Any, **fields: Any) -> Method:
+        unknown_field(cls, set(fields))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.check()
+
+    # -------------------------------------------------------------- hooks that a method defines
+    def check(self) -> None:
+        """Raise `FieldError` on values that make no sense."""
+
+    def adapter(self, site: Site) -> Adapter:
+        """The adapter at one site."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither adapter(site) nor adapters(sites).")
+
+    def adapters(self, sites: Sites) -> Iterable[tuple[Site, Adapter]]:
+        """All adapters; to be overridden where they share parameters or come in pairs."""
+        for site in sites:
+            yield site, self.adapter(site)
+
+    def select(self, name: str, parameter: nn.Parameter) -> bool | Tensor:
+        """Which parameters of the base train in place: yes, no, or a mask of the parameter's shape."""
+        return False
+
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that this one is made of; they act under its label."""
+        return ()
+
+    def extra_loss(self, model: nn.Module, outputs: Any, batch: Any) -> Tensor | None:
+        """A term that is added to the loss of a training step; outputs is what `training_step` returned."""
+        return None
+
+    def portable(self) -> Method:
+        """The method as which collapsed adapters are loaded again (`Adapter.collapsed`); usually itself."""
+        return self
+
+    # -------------------------------------------------------------- what comes for free
+    def config(self, *, defaults: bool = True) -> dict[str, Any]:
+        """field -> value as plain containers; without those at their default if `defaults` is False."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields}
+        return values if defaults else {f.name: values[f.name] for f in fields if values[f.name] != default(f)}
+
+    def apply(self, model: nn.Module, *, trainable: bool = True) -> nn.Module:
+        """Inject into `model` in place, freeze everything else, and return it. On an error the model is as before."""
+        label = check_label(self.label or self.info.name)
+        if label in state.applied_to(model):
+            raise LabelError(
+                f"label={label!r} is taken on this {type(model).__name__} by {state.applied_to(model)[label].method.info.name}; "
+                f"known: {list(state.applied_to(model))}. Give this one a label of its own: {type(self).__name__}(label=...)."
+            )
+        return _apply(self, model, label, trainable)
+
+    def merge(self, model: nn.Module, label: str | None = None) -> Any:
+        """Fold the adapters into the base weights; exact to one rounding, undone bit for bit by `unmerge`."""
+        return merge(model, state.get_applied(model, label or self.label or self.info.name))
+
+    def unmerge(self, model: nn.Module, label: str | None = None) -> None:
+        """Write the original weights back from the snapshot taken by `merge`."""
+        unmerge(model, state.get_applied(model, label or self.label or self.info.name))
+
+    def remove(self, model: nn.Module, label: str | None = None) -> nn.Module:
+        """Take everything off: the base is what it was before `apply`, bit for bit."""
+        return remove(model, label or self.label or self.info.name)
+
+    def unload(self, model: nn.Module, label: str | None = None) -> nn.Module:
+        """Make the change permanent: merge, then forget the adapters; what is left is a plain model."""
+        return unload(model, label or self.label or self.info.name)
+
+    def enabled(self, model: nn.Module, on: bool = True, label: str | None = None) -> contextlib.AbstractContextManager[None]:
+        """Switch the adapters on or off; as a `with` block, until its end. Never touches `requires_grad`."""
+        return enabled(model, label or self.label or self.info.name, on)
+
+
+def default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+# ------------------------------------------------------------------ applying
+def _apply(method: Method, model: nn.Module, label: str, trainable: bool) -> nn.Module:
+    parts = method.parts() or (method,)
+    plans = [(f"{label}_{part.info.name}" if len(parts) > 1 else label, part, list(_plan(part, model))) for part in parts]
+    names = {id(module): name for name, module in model.named_modules()}
+    selected = _select_all(method, parts, model)
+    mark = state.fingerprint(list(_base_tensors(plans, selected, model)))
+    applied = Applied(method, label, state.Cell(), [], selected, trainable, mark)
+    if not selected and not any(plan for _, _, plan in plans):
+        raise NothingToTrainError(
+            f"{type(method).__name__} finds nothing to train in this {type(model).__name__}: targets={method.targets!r}, "
+            f"heads={method.heads!r}. Roles known here: {', '.join(sorted(roles(model))) or 'none'}."
+        )
+    try:
+        for key, _, plan in plans:
+            _attach_all(applied, key, plan, names)
+    except Exception:
+        _detach_all(applied)
+        raise
+    registry = state.open_registry(model)
+    registry.record(model)
+    registry.applied[label] = applied
+    registry.leave_fused_paths(model)
+    freeze(model)
+    return model
+
+
+def _plan(part: Method, model: nn.Module) -> Iterator[tuple[Site, Adapter]]:
+    if part.places is None or (type(part).adapter is Method.adapter and type(part).adapters is Method.adapters):
+        return
+    found = sites(model, part.places, layers=part.layers, exclude=part.exclude)
+    vars(found).setdefault("model", model)
+    log.debug("%s: %s", part.info.name, found.report)
+    for site, adapter in part.adapters(found):
+        _prepare(part, site, adapter)
+        yield site, adapter
+
+
+def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
+    """To the device (and, if asked, the dtype) of the place, then initial tensors from (seed, name)."""
+    near = next((p for p in site.module.parameters()), None)
+    if near is not None:
+        dtype = near.dtype if near.is_floating_point() else torch.get_default_dtype()
+        adapter.to(near.device)
+        adapter.cast_(dtype if part.dtype == "base" else DTYPES[part.dtype])
+    adapter.reset(Draw(part.seed, f"{site.name}/{site.role}/{part.info.name}"))
+
+
+def _attach_all(applied: Applied, key: str, plan: list[tuple[Site, Adapter]], names: dict[int, str]) -> None:
+    for site, adapter in plan:
+        place = open_place(site)
+        for module in adapter.modules():
+            if isinstance(module, Adapter):
+                module.cell = applied.cell
+        try:
+            attach(place, key, adapter)
+        except Exception:
+            close_place(place)
+            raise
+        applied.placements.append(Placement(place, key, adapter, names[id(site.module)], site.role))
+
+
+def _detach_all(applied: Applied) -> None:
+    for placement in reversed(applied.placements):
+        detach(placement.place, placement.key)
+        close_place(placement.place)
+    applied.placements.clear()
+
+
+def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What identifies the base: the parameters next to the adapters, else those that are selected, else all."""
+    mine = {id(p) for a in state.applied_to(model).values() for x in a.placements for p in x.adapter.parameters()}
+    heads = {id(s.parameter) for s in selected if s.head}
+    near = {id(site.module): site.module for _, _, plan in plans for site, _ in plan}
+    chosen = [s.module for s in selected if not s.head] if not near else list(near.values())
+    for index, module in enumerate(chosen or [model]):
+        own = [(name, p) for name, p in module.named_parameters() if id(p) not in mine | heads]
+        yield from ((f"{index}.{name}", p) for name, p in own[:4 if chosen else None])
+
+
+def _select_all(method: Method, parts: tuple[Method, ...], model: nn.Module) -> list[Selected]:
+    chosen: dict[tuple[int, str], Selected] = {}
+    originals = {(id(s.module), s.attribute): s.original for a in state.applied_to(model).values() for s in a.selected}
+    for module, attribute, mask, head in _selections(method, parts, model):
+        key = (id(module), attribute)
+        if (known := chosen.get(key)) is not None:
+            known.mask = None if mask is None or known.mask is None else known.mask | mask
+            continue
+        keep = method.keeps_original or mask is not None
+        original = getattr(module, attribute).detach().cpu().clone() if keep and key not in originals else originals.get(key)
+        chosen[key] = Selected(module, attribute, mask, original, head)
+    return list(chosen.values())
+
+
+Selection = tuple[nn.Module, str, "Tensor | None", bool]  # module, attribute, mask, whether it is of a head
+
+
+def _selections(method: Method, parts: tuple[Method, ...], model: nn.Module) -> Iterator[Selection]:
+    mine = {id(p) for a in state.applied_to(model).values() for x in a.placements for p in x.adapter.parameters()}
+    for module in head_modules(model, method.heads).values():
+        for child in module.modules():
+            yield from ((child, name, None, True) for name, p in child.named_parameters(recurse=False) if id(p) not in mine)
+    for part in parts:
+        if type(part).select is not Method.select:
+            yield from _part_selections(part, model, mine)
+
+
+def _part_selections(part: Method, model: nn.Module, mine: set[int]) -> Iterator[Selection]:
+    seen: dict[int, tuple[nn.Module, str]] = {}
+    for prefix, module, site in _select_scope(part, model):
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in mine or seen.setdefault(id(parameter), (module, name)) != (module, name):
+                continue  # an adapter's own, or tied to one that was asked about already
+            answer = part.select(f"{prefix}.{name}" if prefix else name, parameter)
+            if isinstance(answer, Tensor):
+                yield module, name, check_mask(answer, parameter, name), False
+            elif answer and (site is None or owns(site, module, name)):
+                yield module, name, None if site is None else rows_of(site, parameter), False
+
+
+def _select_scope(part: Method, model: nn.Module) -> Iterator[tuple[str, nn.Module, Site | None]]:
+    """Modules whose parameters a selective method is asked about: those of its target sites, else the whole model's."""
+    if part.targets is None or part.scope == "model":
+        yield from ((name, m, None) for name, m in model.named_modules() if not isinstance(m, Adapter))
+        return
+    for site in sites(model, part.targets, layers=part.layers, exclude=part.exclude):
+        for name, module in site.module.named_modules(prefix=site.name):
+            yield name, module, site
+
+
+def owns(site: Site, module: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` of `module` belongs to the site; an `nn.MultiheadAttention` holds those of four."""
+    if site.part in ("q", "k", "v"):
+        return module is site.module and name in ("in_proj_weight", "in_proj_bias", f"{site.part}_proj_weight")
+    return site.part != "o" or module is not site.module
+
+
+def rows_of(site: Site, parameter: Tensor) -> Tensor | None:
+    """A mask of the entries that the site owns in a packed parameter; None where it owns them all."""
+    if site.columns is None and site.part not in ("q", "k", "v"):
+        return None
+    mask = torch.zeros(parameter.shape, dtype=torch.bool)
+    if site.columns is not None:
+        dim = parameter.dim() - 1 if type(site.module).__name__ == "Conv1D" else 0
+        return site.columns.put(mask, torch.ones_like(site.columns.take(mask, dim)), dim)
+    width = site.module.embed_dim
+    index = "qkv".index(str(site.part)) if len(mask) == 3 * width else 0
+    mask[index * width : (index + 1) * width] = True
+    return mask
+
+
+def check_mask(mask: Tensor, parameter: Tensor, name: str) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != parameter.shape:
+        raise ValueError(
+            f"select({name!r}) gave a mask of {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(parameter.shape)}."
+        )
+    return mask
+
+
+def head_modules(model: nn.Module, heads: str | list[str] | None) -> dict[str, nn.Module]:
+    """name -> module of the heads that train along. A pattern that matches nothing is an error; "auto" may find none."""
+    if heads is None:
+        return {}
+    if heads == "auto":
+        return {site.name: site.module for site in roles(model).get("head", [])}
+    return find(model, heads)
+
+
+def freeze(model: nn.Module) -> None:
+    """Everything off, then what the methods on this model train on; the trainable set is derived, never accumulated."""
+    wanted = {id(p) for p in state.trainable(model).values()}
+    for parameter in model.parameters():
+        if parameter.requires_grad != (id(parameter) in wanted):
+            parameter.requires_grad_(id(parameter) in wanted)
+
+
+# ------------------------------------------------------------------ operations on a label
+def remove(model: nn.Module, label: str | None = None) -> nn.Module:
+    applied = state.get_applied(model, label)
+    if applied.cell.merged:
+        unmerge(model, applied)
+    lost = [s.attribute for s in applied.selected if s.original is None]
+    if lost:
+        raise LabelError(
+            f"{applied.label!r} trained {len(lost)} parameters of the base in place without keeping the originals "
+            "(keep_base=False), so the base cannot be restored. Load the base again, or `unload` to keep the result."
+        )
+    _detach_all(applied)
+    with torch.no_grad():
+        for selected in applied.selected:
+            if not _still_selected(model, applied, selected):
+                selected.parameter.copy_(selected.original)  # type: ignore[arg-type]
+    _forget(model, applied)
+    return model
+
+
+def _still_selected(model: nn.Module, applied: Applied, selected: Selected) -> bool:
+    others = (s for a in state.applied_to(model).values() if a is not applied for s in a.selected)
+    return any(s.module is selected.module and s.attribute == selected.attribute for s in others)
+
+
+def _forget(model: nn.Module, applied: Applied) -> None:
+    registry = state.registry_of(model)
+    if registry is None:
+        return
+    del registry.applied[applied.label]
+    if registry.applied:
+        freeze(model)
+    else:
+        registry.restore()
+        state.close_registry(model)
+
+
+def unload(model: nn.Module, label: str | None = None) -> nn.Module:
+    applied = state.get_applied(model, label)
+    if not applied.cell.merged:
+        merge(model, applied)
+    _detach_all(applied)
+    _forget(model, applied)
+    return model
+
+
+class enabled(contextlib.AbstractContextManager[None]):  # noqa: N801
+    """Switch a label now; leaving the `with` block, if there is one, switches it back."""
+
+    def __init__(self, model: nn.Module, label: str | None = None, on: bool = True) -> None:
+        self.cell = state.get_applied(model, label).cell
+        self.before = self.cell.enabled
+        self.cell.set(enabled=on)
+
+    def __exit__(self, *_: object) -> None:
+        self.cell.set(enabled=self.before)
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """Draw the initial tensors again of adapters that were made on the meta device, after `to_empty` gave them memory."""
+    for applied in state.applied_to(model).values():
+        parts = {part.info.name: part for part in applied.method.parts() or (applied.method,)}
+        for placement in applied.placements:
+            part = next(iter(parts.values())) if len(parts) == 1 else parts[placement.key.removeprefix(f"{applied.label}_")]
+            placement.adapter.reset(Draw(part.seed, f"{placement.site}/{placement.role}/{part.info.name}"))
+    return model

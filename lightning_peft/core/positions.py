@@ -1,0 +1,101 @@
+"""Which positions of a batch an edit acts on, known inside the blocks: the padding mask is seen by the whole model only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.embedding import cached_length
+
+MASKS = ("attention_mask", "src_key_padding_mask")
+
+
+class Positions(Adapter):
+    """Around the whole model: notes which tokens are real and which belong to the prompt; changes nothing.
+
+    A token belongs to the prompt if it comes before the first label that counts (labels of shape (batch, time), -100 =
+    ignored); without such labels every real token does. While a cache is being extended nothing is edited.
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
+        self.running = False
+        self.prompt: Tensor | None = None  # (batch, time), True for the tokens of the prompt; None: all of them
+        self.generating = False
+        self.remembered = WeakTensorKeyDictionary()
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        self.generating = cached_length(call.get("past_key_values")) > 0
+        self.prompt, self.running = prompt_mask(call), True
+        try:
+            return base(*args, **kwargs)
+        finally:
+            self.running = False
+
+    def mask(self, given: Tensor, first: int, last: int) -> tuple[Tensor, Tensor] | None:
+        """(batch, time) masks of the first `first` and the last `last` prompt tokens; None where nothing is edited.
+
+        given: the block's input (batch, time, d). Activation checkpointing runs a block again when the model is done; its
+        input is by then all that tells which call it was.
+        """
+        if self.running:
+            masks = None if self.generating else ends(self.prompt, given, first, last)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.remembered[given] = masks
+            return masks
+        return self._recall(given, first, last)
+
+    def _recall(self, given: Tensor, first: int, last: int) -> tuple[Tensor, Tensor] | None:
+        for known, masks in self.remembered.items():
+            if known is given or (known.data_ptr() == given.data_ptr() and known.shape == given.shape):
+                return masks
+        return ends(None, given, first, last)  # the block is called by itself: all tokens are real
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "remembered": None, "prompt": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.remembered = WeakTensorKeyDictionary()
+
+
+def prompt_mask(call: dict[str, Any]) -> Tensor | None:
+    """(batch, time), True where a token is real and before the first label; None without mask and labels."""
+    mask, labels = call.get("attention_mask"), call.get("labels")
+    if mask is None and (hidden := call.get("src_key_padding_mask")) is not None:
+        mask = ~hidden if hidden.dtype == torch.bool else hidden == 0
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not call.get("decoder_input_ids") is not None:
+        before = (labels != -100).cumsum(1) == 0
+        before = before | ~(labels != -100).any(1, keepdim=True)
+        if mask is None or mask.shape == before.shape:
+            mask = before if mask is None else mask & before
+    return mask
+
+
+def ends(prompt: Tensor | None, hidden: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """First min(first, n // 2) and last min(last, n // 2) of the n prompt tokens of each row; both (batch, time)."""
+    time = hidden.shape[1]
+    if prompt is None:
+        prompt = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+    elif prompt.shape[1] < time:  # virtual tokens in front
+        prompt = nn.functional.pad(prompt, (time - prompt.shape[1], 0), value=False)
+    count = prompt.cumsum(1)  # 1 for the first token of the prompt
+    n = count[:, -1:]
+    return prompt & (count <= (n // 2).clamp(max=first)), prompt & (count > n - (n // 2).clamp(max=last))
+
+
+def mask_owner(ancestors: list[nn.Module]) -> nn.Module | None:
+    """The outermost module whose forward takes a padding mask."""
+    for module in ancestors:
+        if set(MASKS) & set(inspect.signature(type(module).forward).parameters):
+            return module
+    return None

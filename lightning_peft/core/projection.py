@@ -1,0 +1,158 @@
+"""One face for everything that projects: Linear, transformers' Conv1D, a slice of a packed one, a place in attention.
+
+A *place* is what adapters are attached to: a module of the base, or a `Host` that stands for a part of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Host, LabelError, NotMergeableError, Takeover, take_over, through, unlink
+from lightning_peft.core.attention import Attend, MultiheadForward, close_attend, in_projection, open_attend, takeover_of
+from lightning_peft.core.sites import Columns, Site
+
+
+class Slice(Host):
+    """Some output columns of a packed projection."""
+
+    def __init__(self, columns: Columns) -> None:
+        super().__init__()
+        self.columns = columns
+
+
+class Projected(Host):
+    """The projection q, k, v or o of an `nn.MultiheadAttention`, whose weights are used without calling a module."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+class PackedForward(Takeover):
+    """A packed projection computed once; each slice goes through its own adapters and back to its columns."""
+
+    def rewritten(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base()
+        whole = out = base(x, *args, **kwargs)
+        for host in self.hosts().values():
+            columns: Columns = host.columns  # type: ignore[assignment]
+
+            def part(z: Tensor, columns: Columns = columns) -> Tensor:  # an adapter may turn the input: then compute anew
+                return columns.take(whole if z is x else base(z, *args, **kwargs))
+
+            out = columns.put(out, through(host, part, x))
+        return out
+
+
+# ------------------------------------------------------------------ opening and closing places
+def open_place(site: Site) -> nn.Module:
+    """What to attach to for this site; makes the host (and the written-out forward it needs) where there is none yet."""
+    if site.part is None and site.columns is None:
+        return site.module
+    name = str(site.part or site.role).rpartition(".")[2]
+    found = site.module._modules.get(name)
+    return found if isinstance(found, Host) else _add_host(site, name)
+
+
+def _add_host(site: Site, name: str) -> Host:
+    module = site.module
+    if hasattr(module, name) and name == "attend":
+        raise LabelError(f"{type(module).__name__} has an attribute `attend` of its own; adapters inside it cannot be kept there.")
+    host, takeover = _make_host(site, name)
+    vars(host)["owner"] = module  # not registered: the owner already holds the host
+    module.add_module(name, host.train(module.training))
+    if takeover is not None:
+        take_over(module, takeover)
+    return host
+
+
+def _make_host(site: Site, name: str) -> tuple[Host, type[Takeover] | None]:
+    if site.columns is not None:
+        return Slice(site.columns), PackedForward
+    if name == "attend":
+        return open_attend(site.module), takeover_of(site.module)
+    takeover_of(site.module)
+    return Projected(name), MultiheadForward
+
+
+def close_place(place: nn.Module) -> None:
+    """Take an empty host away, and with the last one the written-out forward."""
+    if not isinstance(place, Host) or "adapters" in place._modules:
+        return
+    owner: nn.Module = vars(place)["owner"]
+    name = next(name for name, child in owner._modules.items() if child is place)
+    del owner._modules[name]
+    if isinstance(place, Attend):
+        close_attend(owner, place)
+    if not any(isinstance(child, Host) for child in owner.children()):
+        for kind in Takeover.__subclasses__():
+            unlink(owner, kind)
+
+
+# ------------------------------------------------------------------ reading and writing weights
+def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (..., d_in) and bias (...) of the place, as views of the base's parameters; leading sizes multiply to d_out."""
+    if isinstance(place, Slice):
+        return _slice_views(place)
+    if isinstance(place, Projected):
+        owner = vars(place)["owner"]
+        return (owner.out_proj.weight, owner.out_proj.bias) if place.name == "o" else in_projection(owner, place.name)
+    weight = getattr(place, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+        if isinstance(place, nn.Linear):
+            return weight, place.bias
+        if type(place).__name__ == "Conv1D":
+            return weight.T, place.bias  # type: ignore[return-value]
+    raise NotMergeableError(
+        f"{type(place).__name__} has no floating-point weight (d_out, d_in) to fold into. Known: Linear, Conv1D, slices of "
+        "them, nn.MultiheadAttention. Leave the adapter attached."
+    )
+
+
+def _slice_views(place: Slice) -> tuple[Tensor, Tensor | None]:
+    columns = place.columns
+    weight, bias = views(vars(place)["owner"])
+    rows = slice(columns.start, columns.stop)
+    grouped = weight.unflatten(0, (columns.groups, -1))[:, rows]
+    return grouped, None if bias is None else bias.unflatten(0, (columns.groups, -1))[:, rows]
+
+
+def read(place: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Copies of weight (d_out, d_in) and bias (d_out,), in fp32 or better."""
+    weight, bias = views(place)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return (
+        weight.detach().to(dtype, copy=True).reshape(-1, weight.shape[-1]),
+        None if bias is None else bias.detach().to(dtype, copy=True).reshape(-1),
+    )
+
+
+@torch.no_grad()
+def write(place: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Cast once and store; shapes as `read` gave them."""
+    old_weight, old_bias = views(place)
+    old_weight.copy_(weight.reshape(old_weight.shape))
+    if old_bias is not None and bias is not None:
+        old_bias.copy_(bias.reshape(old_bias.shape))
+
+
+def snapshot(place: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Exact copies, to be written back bit for bit."""
+    weight, bias = views(place)
+    return weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+def parameters_of(place: nn.Module) -> list[nn.Parameter]:
+    """The base's parameters that `write` would change."""
+    if isinstance(place, Projected):
+        owner: Any = vars(place)["owner"]
+        if place.name == "o":
+            return list(owner.out_proj.parameters())
+        packed = owner.in_proj_weight
+        own = [packed if packed is not None else getattr(owner, f"{place.name}_proj_weight"), owner.in_proj_bias]
+        return [p for p in own if p is not None]
+    module = vars(place)["owner"] if isinstance(place, Slice) else place
+    return list(module.parameters(recurse=False))

@@ -1,0 +1,135 @@
+"""Prefix-Tuning: Optimizing Continuous Prompts for Generation. Li, Liang, ACL 2021. https://arxiv.org/abs/2101.00190"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.callback import PEFT
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.attention import widen_mask
+from lightning_peft.core.fields import not_negative, positive, probability
+from lightning_peft.core.init import Draw
+from lightning_peft.core.sites import Site, Sites, TargetError
+
+
+class Trunk(nn.Module):
+    """z = tanh(W E + b): E (length, d), W (mid, d), z (length, mid); one for all layers."""
+
+    def __init__(self, length: int, width: int, middle: int, draw: Callable[[], Draw]) -> None:
+        super().__init__()
+        self.draw = draw
+        self.embedding = nn.Parameter(torch.empty(length, width))
+        self.weight = nn.Parameter(torch.empty(middle, width))
+        self.bias = nn.Parameter(torch.empty(middle))
+
+    def reset(self) -> None:
+        draw = self.draw()  # its own: it belongs to no single layer
+        draw.normal(self.embedding, std=1.0)
+        draw.kaiming_uniform(self.weight)
+        draw.uniform(self.bias, bound=self.weight.shape[1] ** -0.5)
+
+    def forward(self) -> Tensor:
+        return torch.tanh(F.linear(self.embedding, self.weight, self.bias))
+
+
+class Prefix(Adapter):
+    """Att(q, [P_K; k], [P_V; v]): P_K, P_V (length, kv_heads, head_dim), visible to every query."""
+
+    def __init__(self, length: int, kv_heads: int, head_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.length, self.kv_heads, self.head_dim, self.dropout = length, kv_heads, head_dim, dropout
+        self.make()
+
+    def make(self) -> None:
+        self.kv = nn.Parameter(torch.empty(2, self.length, self.kv_heads, self.head_dim))
+
+    def reset(self, draw: Draw) -> None:
+        draw.normal(self.kv, std=1.0)
+
+    def prefix(self) -> Tensor:  # (2, length, kv_heads, head_dim)
+        return self.kv
+
+    def forward(
+        self, base: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> Any:  # query (batch, heads, time, head_dim), key and value (batch, kv_heads, source, head_dim)
+        kv = F.dropout(self.prefix(), self.dropout, self.training).to(key.dtype).transpose(1, 2)
+        mask = widen_mask(mask, self.length, query, key, is_causal=options.get("is_causal", False))
+        if (bias := options.get("position_bias")) is not None:
+            options["position_bias"] = F.pad(bias, (self.length, 0))
+        keys, values = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(kv, (key, value), strict=True))
+        return base(query, keys, values, mask, **options)
+
+    def collapsed(self) -> dict[str, Tensor]:
+        return {"kv": self.prefix().detach()}
+
+
+class ReparametrisedPrefix(Prefix):
+    """[P_K; P_V] = U z + c: z (length, mid) of the shared trunk, U (2 kv_heads head_dim, mid)."""
+
+    def __init__(self, trunk: Trunk, length: int, kv_heads: int, head_dim: int, dropout: float) -> None:
+        self.middle = len(trunk.bias)
+        super().__init__(length, kv_heads, head_dim, dropout)
+        self.trunk = trunk
+
+    def make(self) -> None:
+        self.weight = nn.Parameter(torch.empty(2 * self.kv_heads * self.head_dim, self.middle))
+        self.bias = nn.Parameter(torch.empty(2 * self.kv_heads * self.head_dim))
+
+    def reset(self, draw: Draw) -> None:
+        draw.kaiming_uniform(self.weight)
+        draw.uniform(self.bias, bound=self.middle**-0.5)
+        self.trunk.reset()
+
+    def prefix(self) -> Tensor:
+        flat = F.linear(self.trunk(), self.weight, self.bias)
+        return flat.unflatten(1, (2, self.kv_heads, self.head_dim)).transpose(0, 1)
+
+
+class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101.00190", identity=False):
+    """Att(q, [P_K; K], [P_V; V]), [P_K; P_V] = MLP(E)
+
+    Each attention layer gets `length` trained keys and values in front of its own, after the KV cache, without positions,
+    visible to every query; a grouped-query layer gets them per key/value head. L * 2 * length * kv_heads * head_dim
+    parameters. bottleneck > 0 trains them through an embedding E (length, d) and an MLP whose first layer, of this width, all
+    layers share; adapter files hold the prefixes themselves. Positions of the text are not shifted. Source: section 4.
+    """
+
+    targets: str | list[str] | None = "attend,cross.attend?"
+    length: int = 20
+    bottleneck: int = 0
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        positive(self, "length")
+        not_negative(self, "bottleneck")
+        probability(self, "dropout")
+
+    def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
+        trunks: dict[str, Trunk] = {}
+        for site in sites:
+            kv_heads, head_dim, width = heads(site)
+            if not self.bottleneck:
+                yield site, Prefix(self.length, kv_heads, head_dim, self.dropout)
+                continue
+            kind = f"{site.stack}/{site.role}"
+            if kind not in trunks:
+                trunks[kind] = Trunk(self.length, width, self.bottleneck, partial(Draw, self.seed, f"{kind}/prefix trunk"))
+            yield site, ReparametrisedPrefix(trunks[kind], self.length, kv_heads, head_dim, self.dropout)
+
+    def portable(self) -> PrefixTuning:
+        return dataclasses.replace(self, bottleneck=0)
+
+
+def heads(site: Site) -> tuple[int, int, int]:
+    """kv_heads, head_dim, hidden width; an error where the model does not tell."""
+    facts = site.facts
+    if facts.heads is None or facts.head_dim is None:
+        raise TargetError(f"The numbers of heads at {site.name!r} are unknown; exclude it with exclude={site.name!r}.")
+    return facts.kv_heads or facts.heads, facts.head_dim, facts.hidden or facts.heads * facts.head_dim

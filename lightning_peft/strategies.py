@@ -1,0 +1,88 @@
+"""Strategies that know about adapters: checkpoints without the base, optimizer state by name, frozen parameters left alone.
+
+    Trainer(strategy="peft_ddp", callbacks=[LoRA(rank=8)])            # the method as a callback
+    Trainer(strategy=PEFTDDPStrategy(method=LoRA(rank=8)))            # the strategy alone: the same method, once
+
+The callback works with the plain strategies too; sharded ones (FSDP, ModelParallel, DeepSpeed) will need the mixin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_peft import checkpoint
+from lightning_peft.callback import PEFT, LifeCycleError, configure_ddp
+
+
+class PEFTStrategyMixin:
+    """Put before a Lightning strategy in the bases. method: one callback, or several, that the strategy brings along.
+
+    Subclasses for sharded training override `setup` (to shard adapters with their base) and what `load_checkpoint` asks for.
+    """
+
+    supports_peft = True
+    lightning_module: pl.LightningModule
+
+    def __init__(self, *args: Any, method: PEFT | list[PEFT] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.methods = [] if method is None else [method] if isinstance(method, PEFT) else list(method)
+        for given in self.methods:
+            if not isinstance(given, PEFT):
+                raise LifeCycleError(f"method={given!r} is no PEFT method. Pass an instance, such as LoRA(rank=8).")
+
+    def connect(self, model: pl.LightningModule) -> None:
+        """The first thing a Trainer does with its strategy: early enough to add the methods as callbacks."""
+        super().connect(model)  # type: ignore[misc]
+        trainer = model.trainer
+        known = trainer.callbacks  # type: ignore[attr-defined]
+        known[:0] = [method for method in self.methods if method not in known]
+
+    def lightning_module_state_dict(self) -> dict[str, Tensor]:
+        return checkpoint.model_state(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]
+
+    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
+        checkpoint.load_model_state(self.lightning_module, checkpoint_["state_dict"], strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        plain = getattr(optimizer, "_optimizer", optimizer)
+        return checkpoint.optimizer_state(self.lightning_module, plain, super().optimizer_state(optimizer))  # type: ignore[misc]
+
+    def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
+        module, optimizers = self.lightning_module, self.optimizers  # type: ignore[attr-defined]
+        pairs = zip(optimizers, checkpoint_["optimizer_states"], strict=True)
+        states = [checkpoint.numbered_optimizer_state(module, optimizer, saved) for optimizer, saved in pairs]
+        super().load_optimizer_state_dict({**checkpoint_, "optimizer_states": states})  # type: ignore[misc]
+
+
+class PEFTSingleDeviceStrategy(PEFTStrategyMixin, SingleDeviceStrategy):
+    """`SingleDeviceStrategy` for adapters; registered as "peft_single_device"."""
+
+    strategy_name = "peft_single_device"
+
+
+class PEFTDDPStrategy(PEFTStrategyMixin, DDPStrategy):
+    """`DDPStrategy` for adapters: frozen parameters are neither broadcast nor reduced; registered as "peft_ddp"."""
+
+    strategy_name = "peft_ddp"
+
+    def configure_ddp(self) -> None:
+        configure_ddp(self, DDPStrategy)
+
+
+def register() -> None:
+    """Make the names known to `Trainer(strategy=...)`; repeating it does no harm."""
+    for cls, options in (
+        (PEFTSingleDeviceStrategy, {}),
+        (PEFTDDPStrategy, {"start_method": "popen"}),
+    ):
+        if cls.strategy_name not in StrategyRegistry:
+            StrategyRegistry.register(cls.strategy_name, cls, description=cls.__doc__ or "", **options)
+
+
+register()
