@@ -45,6 +45,8 @@ class PEFT(Method, Callback):
             def configure_model() -> None:  # no functools.wraps: is_overridden follows __wrapped__ and would skip it
                 build()
                 inject(pl_module)
+                if stage == "fit":
+                    check_something_trains(pl_module)
 
             pl_module.configure_model = configure_model  # type: ignore[method-assign]
         if self not in patches:
@@ -137,20 +139,19 @@ class PEFT(Method, Callback):
 # ------------------------------------------------------------------ pieces of the life cycle
 def inject(pl_module: pl.LightningModule) -> None:
     """Apply every pending method once; called when the module is completely built."""
-    for method in vars(pl_module).get("_peft_pending", []):
-        vars(method)["_module"] = weakref.ref(pl_module)
-        known = state.applied_to(pl_module).get(method.name_on_model)
-        if known is None or known.method is not method:
-            if known is not None and resumable(known, method):
-                known.method = method
-                continue
-            method.apply(pl_module)
     for name, parameter in pl_module.named_parameters():
         if parameter.is_meta:
             raise LifeCycleError(
                 f"{name!r} is on the meta device when the model should be complete. Give it memory and weights at the end of "
                 "configure_model (to_empty, then load_state_dict), so that adapters go onto real weights."
             )
+    for method in vars(pl_module).get("_peft_pending", []):
+        vars(method)["_module"] = weakref.ref(pl_module)
+        known = state.applied_to(pl_module).get(method.name_on_model)
+        if known is not None and resumable(known, method):
+            known.method = method
+        else:
+            method.apply(pl_module)
 
 
 def resumable(known: state.Applied, method: Method) -> bool:
@@ -237,13 +238,17 @@ def check_equal_across_ranks(module: nn.Module, names: list[str]) -> None:
             )
 
 
+def check_something_trains(pl_module: pl.LightningModule) -> None:
+    if not state.trainable(pl_module):
+        raise NothingToTrainError(
+            f"The methods on this {type(pl_module).__name__} ({list(state.applied_to(pl_module))}) train no parameter. Apply "
+            "one with trainable=True."
+        )
+
+
 def audit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """What trains = what the methods chose = what the optimizers hold; equal names and values on all ranks."""
     wanted = state.trainable(pl_module)
-    if not wanted:
-        raise NothingToTrainError(
-            f"The methods on this {type(pl_module).__name__} ({list(state.applied_to(pl_module))}) train no parameter."
-        )
     moving = {name for name, p in pl_module.named_parameters() if p.requires_grad}
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     problems = {

@@ -99,6 +99,7 @@ class Node:
 
     @property
     def leaf(self) -> str:
+        """The last component of the name."""
         return self.name.rpartition(".")[2]
 
     def ancestors(self) -> Iterator["Node"]:

@@ -54,7 +54,8 @@ class Method:
     """Common fields: where (`targets`, `layers`, `exclude`), what else trains (`heads`), under which `label`.
 
     targets: roles, globs or `re:` patterns (see `core.sites`); None where the method needs none.
-    layers: "last:6", "2-5", [0, 3], ... of each stack; exclude: patterns that are left out.
+    layers: "last:6", "2-5", [0, 3], ... of each stack; exclude: patterns that are left out. roles: role -> pattern, for a
+        model whose names no table knows, such as {"q": "*.to_query"}.
     heads: "auto" trains task heads (classifier, score, head, ...; never a language-model head), None trains none,
         patterns train the modules they match; heads are saved with the adapter.
     label: the adapter's name on the model; None takes the method's name. seed: of the adapter's initial tensors.
@@ -64,6 +65,7 @@ class Method:
     targets: str | list[str] | None = None
     layers: str | int | list[int] | None = None
     exclude: str | list[str] | None = None
+    roles: dict[str, str] = dataclasses.field(default_factory=dict)
     heads: str | list[str] | None = "auto"
     label: str | None = None
     seed: int = 0
@@ -214,8 +216,7 @@ def _apply(method: Method, model: nn.Module, label: str, trainable: bool) -> nn.
 def _plan(part: Method, model: nn.Module) -> Iterator[tuple[Site, Adapter]]:
     if part.places is None or (type(part).adapter is Method.adapter and type(part).adapters is Method.adapters):
         return
-    found = sites(model, part.places, layers=part.layers, exclude=part.exclude)
-    vars(found).setdefault("model", model)
+    found = sites(model, part.places, layers=part.layers, exclude=part.exclude, roles=part.roles)
     log.debug("%s: %s", part.info.name, found.report)
     for site, adapter in part.adapters(found):
         _prepare(part, site, adapter)
@@ -273,9 +274,13 @@ def _select_all(method: Method, parts: tuple[Method, ...], model: nn.Module) -> 
             known.mask = None if mask is None or known.mask is None else known.mask | mask
             continue
         keep = method.keeps_original or mask is not None
-        original = getattr(module, attribute).detach().cpu().clone() if keep and key not in originals else originals.get(key)
+        original = on_cpu(getattr(module, attribute)) if keep and key not in originals else originals.get(key)
         chosen[key] = Selected(module, attribute, mask, original, head)
     return list(chosen.values())
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.is_meta else tensor.detach().cpu().clone()
 
 
 Selection = tuple[nn.Module, str, "Tensor | None", bool]  # module, attribute, mask, whether it is of a head
@@ -309,7 +314,7 @@ def _select_scope(part: Method, model: nn.Module) -> Iterator[tuple[str, nn.Modu
     if part.targets is None or part.scope == "model":
         yield from ((name, m, None) for name, m in model.named_modules() if not isinstance(m, Adapter))
         return
-    for site in sites(model, part.targets, layers=part.layers, exclude=part.exclude):
+    for site in sites(model, part.targets, layers=part.layers, exclude=part.exclude, roles=part.roles):
         for name, module in site.module.named_modules(prefix=site.name):
             yield name, module, site
 

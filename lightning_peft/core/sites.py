@@ -369,7 +369,7 @@ class _Map:
         return known + [self._site(n, None) for n in rest if n.block or not self.blocks]
 
     def _whole(self, node: Node) -> Site:
-        """The site that a module is as a whole; for the out_proj of a MultiheadAttention, never called, the part "o"."""
+        """The site that a whole module is; for the out_proj of a MultiheadAttention, never called, its part "o"."""
         node, part = (node.parent, "o") if _inner(node) and node.parent else (node, None)
         here = (s for s in self.by_module.get(id(node.module), ()) if s.columns is None and s.part == part)
         return next(here, None) or self._site(node, None, part)

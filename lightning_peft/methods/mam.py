@@ -24,7 +24,7 @@ class MAM(PEFT, name="mam", family="hybrid", paper="2110.04366", identity=False)
     scale: float | None = 4.0
 
     def parts(self) -> tuple[PEFT, ...]:
-        common = {"layers": self.layers, "exclude": self.exclude, "seed": self.seed, "dtype": self.dtype}
+        common = {"layers": self.layers, "exclude": self.exclude, "roles": self.roles, "seed": self.seed, "dtype": self.dtype}
         return (
             PrefixTuning(length=self.length, bottleneck=self.prefix_bottleneck, **common),
             ParallelAdapter(bottleneck=self.bottleneck, scale=self.scale, **common),

@@ -1,0 +1,61 @@
+"""One training run on `processes` CPU processes; writes what each rank ends with. Started by test_ddp.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import boring
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_peft import LoRA, PEFTDDPStrategy, PEFTSingleDeviceStrategy
+from lightning_peft.callback import PEFT
+
+
+def main(directory: str, how: str, processes: int) -> None:
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    module = boring.Boring(dropout=0.0, optimizer="sgd")
+    if how == "unequal":  # a base that differs from rank to rank
+        import os
+
+        with torch.no_grad():
+            module.net.bert.embeddings.word_embeddings.weight.add_(int(os.environ.get("LOCAL_RANK", 0)))
+    lora = LoRA(rank=2)
+    callbacks: list[pl.Callback] = [] if how == "strategy" else [lora]
+    callbacks.append(pl.callbacks.ModelCheckpoint(directory, filename="end", save_last=False))
+    options = {"strategy": strategy(how, processes, lora), "devices": processes, "use_distributed_sampler": False}
+    trainer = boring.trainer(directory, callbacks, **options)
+    trainer.fit(module, Share(processes))
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    result = {"tensors": boring.tensors(module), "ignored": sorted(ignored), "frozen": sorted(frozen)}
+    torch.save(result, Path(directory) / f"rank{trainer.global_rank}.pt")
+
+
+class Share(pl.LightningDataModule):
+    """The ranks' shares of a batch of 4 are together the batch of 4 that one process sees."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__()
+        self.processes = processes
+
+    def train_dataloader(self) -> DataLoader:
+        whole = boring.data(shuffle=False).dataset
+        sampler = DistributedSampler(whole, self.processes, self.trainer.global_rank, shuffle=False)
+        return DataLoader(whole, batch_size=4 // self.processes, sampler=sampler)
+
+
+def strategy(how: str, processes: int, lora: PEFT) -> object:
+    if how in ("callback", "unequal"):
+        return "ddp" if processes > 1 else "auto"
+    if how == "registered":
+        return "peft_ddp" if processes > 1 else "peft_single_device"
+    return PEFTDDPStrategy(method=lora) if processes > 1 else PEFTSingleDeviceStrategy(method=lora)
+
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

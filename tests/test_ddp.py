@@ -1,0 +1,47 @@
+"""Two gloo processes on the CPU: the same result as one process on the same batches; the base is left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boring
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def run(directory: Path, how: str, processes: int) -> list[dict[str, Any]]:
+    directory.mkdir(exist_ok=True)
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TESTS / "ddp_run.py"), str(directory), how, str(processes)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-3000:])
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(tmp_path_factory.mktemp("single"), "callback", 1)[0]
+
+
+@pytest.mark.parametrize("how", ["callback", "registered", pytest.param("strategy", marks=pytest.mark.slow)])
+def test_two_processes_end_where_one_does(how: str, single: dict[str, Any], tmp_path: Path) -> None:
+    first, second = run(tmp_path, how, 2)
+    assert boring.largest_difference(first["tensors"], second["tensors"]) == 0
+    assert boring.largest_difference(first["tensors"], single["tensors"]) < 1e-6
+    assert first["ignored"] == first["frozen"]  # neither broadcast nor reduced
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    assert set(saved["state_dict"]).isdisjoint(first["frozen"])
+    assert len(saved["callbacks"]["lightning_peft.lora"]["rng"]["now"]) == 2
+
+
+def test_a_base_that_differs_between_ranks_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="holds another base than rank 0.*word_embeddings"):
+        run(tmp_path, "unequal", 2)
