@@ -28,10 +28,17 @@ METHODS: dict[str, tuple[PEFT, float]] = {  # with its learning rate
 }
 
 
-def fit(model: torch.nn.Module, data: Digits, epochs: int, lr: float, method: PEFT | None = None) -> tuple[float, float]:
+def fit(
+    model: torch.nn.Module, data: Digits, epochs: int, lr: float, method: PEFT | None = None
+) -> tuple[float, float]:
     """Test accuracy, and the share of the parameters that trained in percent."""
     task = ImageClassification(model, num_classes=10, optimizer=functools.partial(torch.optim.AdamW, lr=lr))
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     callbacks = [] if method is None else [method]
     trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, **quiet)
     trainer.fit(task, data)

@@ -48,14 +48,17 @@ def main(model: str = "", epochs: int = 3, batches: int | float = 1.0, folder: s
     network = hf(model, "causal-lm") if model else tiny_llama()
     task = CausalLM(network, optimizer=functools.partial(torch.optim.AdamW, lr=2e-3))
     limits = dict.fromkeys(("limit_train_batches", "limit_val_batches", "limit_test_batches"), batches)
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=[LoRA(rank=16, targets="all-linear")], logger=False, accelerator="cpu",
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=[LoRA(rank=16, targets="all-linear")], logger=False,
+    accelerator="cpu",
                          enable_checkpointing=False, **limits)  # fmt: skip
     trainer.fit(task, data)
     loss = trainer.test(task, data)[0]["test/loss"]
     save_adapter(task, f"{folder}/adapter")
 
     prompt = data.batch([{"question": "What does math.sqrt do?"}])
-    tokens = task.model.eval().generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=data.tokenizer.pad_token_id)
+    tokens = task.model.eval().generate(
+        **prompt, max_new_tokens=24, do_sample=False, pad_token_id=data.tokenizer.pad_token_id
+    )
     print(data.decode(tokens)[0])
     return loss
 

@@ -1,6 +1,6 @@
 """MiniLM learns the chapters of the Python library reference from docstrings: LoRA as a callback in plain Lightning.
 
-    python examples/text_classification.py
+python examples/text_classification.py
 """
 
 from __future__ import annotations

@@ -30,8 +30,9 @@ class LifeCycleError(RuntimeError):
 class PEFT(Method, Callback):
     """A method that is put into a model by `Trainer(callbacks=[...])`, or by `apply(model)` without a Trainer.
 
-    Order: the module is built (`__init__`, `setup`, `configure_model`) -> adapters go in, the base is frozen -> weights are
-    restored -> the strategy moves and wraps -> optimizers are made. Idempotent over fit, validate, test and predict.
+    Order: the module is built (`__init__`, `setup`, `configure_model`) -> adapters go in, the base is frozen ->
+    weights are restored -> the strategy moves and wraps -> optimizers are made. Idempotent over fit, validate, test
+    and predict.
     """
 
     # -------------------------------------------------------------- injection
@@ -142,7 +143,8 @@ def inject(pl_module: pl.LightningModule) -> None:
     for name, parameter in pl_module.named_parameters():
         if parameter.is_meta:
             raise LifeCycleError(
-                f"{name!r} is on the meta device when the model should be complete. Give it memory and weights at the end of "
+                f"{name!r} is on the meta device when the model should be complete. Give it memory and weights at "
+                f"the end of "
                 "configure_model (to_empty, then load_state_dict), so that adapters go onto real weights."
             )
     for method in vars(pl_module).get("_peft_pending", []):
@@ -168,7 +170,8 @@ def check_strategy(strategy: Strategy) -> None:
     if isinstance(strategy, PLAIN_STRATEGIES) or getattr(strategy, "supports_peft", False):
         return
     raise LifeCycleError(
-        f"{type(strategy).__name__} shards or wraps the model in a way that a callback alone cannot follow (silently training "
+        f"{type(strategy).__name__} shards or wraps the model in a way that a callback alone cannot follow "
+        f"(silently training "
         "the wrong parameters). Known: SingleDeviceStrategy, DDPStrategy, and strategies made with PEFTStrategyMixin "
         "(strategy='peft_single_device', 'peft_ddp')."
     )
@@ -178,7 +181,12 @@ def lend(strategy: Strategy, pl_module: pl.LightningModule) -> None:
     """Give a plain strategy the checkpoint functions that the mixin has built in; picklable, and kept after the run."""
     if getattr(strategy, "supports_peft", False) or "lightning_module_state_dict" in vars(strategy):
         return
-    for name in ("lightning_module_state_dict", "load_model_state_dict", "optimizer_state", "load_optimizer_state_dict"):
+    for name in (
+        "lightning_module_state_dict",
+        "load_model_state_dict",
+        "optimizer_state",
+        "load_optimizer_state_dict",
+    ):
         setattr(strategy, name, functools.partial(LENT[name], strategy, type(strategy)))
     if isinstance(strategy, DDPStrategy):
         strategy.configure_ddp = functools.partial(configure_ddp, strategy, type(strategy))  # type: ignore[method-assign]
@@ -233,7 +241,8 @@ def check_equal_across_ranks(module: nn.Module, names: list[str]) -> None:
         if theirs != everyone[0]:
             different = sorted(n for n in set(theirs) | set(everyone[0]) if theirs.get(n) != everyone[0].get(n))
             raise LifeCycleError(
-                f"Rank {rank} holds another base than rank 0: {different[:5]} ({len(different)} parameters). Frozen parameters "
+                f"Rank {rank} holds another base than rank 0: {different[:5]} ({len(different)} parameters). "
+                f"Frozen parameters "
                 "are not synchronised: load them from a file, or call seed_everything before building the model."
             )
 
@@ -241,7 +250,8 @@ def check_equal_across_ranks(module: nn.Module, names: list[str]) -> None:
 def check_something_trains(pl_module: pl.LightningModule) -> None:
     if not state.trainable(pl_module):
         raise NothingToTrainError(
-            f"The methods on this {type(pl_module).__name__} ({list(state.applied_to(pl_module))}) train no parameter. Apply "
+            f"The methods on this {type(pl_module).__name__} ({list(state.applied_to(pl_module))}) train no "
+            f"parameter. Apply "
             "one with trainable=True."
         )
 
@@ -259,7 +269,8 @@ def audit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     for what, names in problems.items():
         if names:
             raise LifeCycleError(
-                f"{len(names)} parameters {what}: {names[:5]}. Leave requires_grad to the methods, and give the optimizer "
+                f"{len(names)} parameters {what}: {names[:5]}. Leave requires_grad to the methods, and give the "
+                f"optimizer "
                 "self.parameters() (or those with requires_grad) in configure_optimizers."
             )
     check_equal_across_ranks(pl_module, sorted(wanted))
@@ -269,7 +280,8 @@ def announce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """One line on rank zero: methods, sites, counts, what a checkpoint of the weights takes."""
     facts = state.describe(pl_module)
     rank_zero_info(
-        f"PEFT: {', '.join(state.applied_to(pl_module))} at {facts['sites']} sites | trainable {facts['trainable']:,} of "
+        f"PEFT: {', '.join(state.applied_to(pl_module))} at {facts['sites']} sites | trainable "
+        f"{facts['trainable']:,} of "
         f"{facts['total']:,} ({facts['percent']:.4f} %) | weights in a checkpoint {facts['bytes'] / 2**20:.2f} MiB"
     )
 

@@ -1,4 +1,5 @@
-"""What goes into a Lightning checkpoint and comes back: adapters, trained parameters and changed buffers, never the base.
+"""What goes into a Lightning checkpoint and comes back: adapters, trained parameters and changed buffers, never the
+base.
 
 One implementation for the callback alone (it lends these functions to a plain strategy) and for the strategy mixin.
 """
@@ -36,13 +37,16 @@ def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: boo
     if missing or extra:
         raise CheckpointError(
             f"The checkpoint does not fit. Missing: {_some(missing)}. Unknown to this model: {_some(extra)}. It holds "
-            f"{len(given)} tensors, this model with {list(state.applied_to(module))} needs {len(required)}. Use the method, "
+            f"{len(given)} tensors, this model with {list(state.applied_to(module))} needs {len(required)}. Use "
+            f"the method, "
             "configuration and model that the checkpoint was made with."
         )
     own = module.state_dict()
     for name, tensor in given.items():
         if own[name].shape != tensor.shape:
-            raise CheckpointError(f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} here.")
+            raise CheckpointError(
+                f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} here."
+            )
     module.load_state_dict(dict(given), strict=False)
 
 
@@ -64,14 +68,18 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, given: Mapping[str,
 
 
 def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `optimizer_state`, for the order of parameters in `optimizer`; states with numbers pass through."""
+    """The inverse of `optimizer_state`, for the order of parameters in `optimizer`.
+
+    States with numbers pass through.
+    """
     if not any(isinstance(p, str) for group in given.get("param_groups", []) for p in group["params"]):
         return dict(given)
     names = _names(module, optimizer)
     saved = {name for group in given["param_groups"] for name in group["params"]}
     if saved != set(names):
         raise CheckpointError(
-            f"The optimizer's parameters differ. Only in the checkpoint: {_some(sorted(saved - set(names)))}. Only here: "
+            f"The optimizer's parameters differ. Only in the checkpoint: {_some(sorted(saved - set(names)))}. Only "
+            f"here: "
             f"{_some(sorted(set(names) - saved))}. Resume with the same method and the same heads."
         )
     number = {name: index for index, name in enumerate(names)}

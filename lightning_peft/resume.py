@@ -1,7 +1,9 @@
-"""Exact resume: the interrupted run continues with the batches, in the order and with the random numbers it would have had.
+"""Exact resume: the interrupted run continues with the batches, in the order and with the random numbers it would
+have had.
 
-Lightning restores counters, weights and optimizers; in mid-epoch a plain DataLoader then starts over, and no generator is
-restored. This adds both: the state of the generators when the epoch's iterator was made and when the checkpoint was saved.
+Lightning restores counters, weights and optimizers; in mid-epoch a plain DataLoader then starts over, and no
+generator is restored. This adds both: the state of the generators when the epoch's iterator was made and when the
+checkpoint was saved.
 """
 
 from __future__ import annotations

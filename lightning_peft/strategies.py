@@ -1,4 +1,5 @@
-"""Strategies that know about adapters: checkpoints without the base, optimizer state by name, frozen parameters left alone.
+"""Strategies that know about adapters: checkpoints without the base, optimizer state by name, frozen parameters left
+alone.
 
     Trainer(strategy="peft_ddp", callbacks=[LoRA(rank=8)])            # the method as a callback
     Trainer(strategy=PEFTDDPStrategy(method=LoRA(rank=8)))            # the strategy alone: the same method, once
@@ -23,7 +24,8 @@ from lightning_peft.callback import PEFT, LifeCycleError, configure_ddp
 class PEFTStrategyMixin:
     """Put before a Lightning strategy in the bases. method: one callback, or several, that the strategy brings along.
 
-    Subclasses for sharded training override `setup` (to shard adapters with their base) and what `load_checkpoint` asks for.
+    Subclasses for sharded training override `setup` (to shard adapters with their base) and what `load_checkpoint`
+    asks for.
     """
 
     supports_peft = True

@@ -56,6 +56,5 @@ def strategy(how: str, processes: int, lora: PEFT) -> object:
     return PEFTDDPStrategy(method=lora) if processes > 1 else PEFTSingleDeviceStrategy(method=lora)
 
 
-
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

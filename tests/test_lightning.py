@@ -39,7 +39,9 @@ pytestmark = [
 BUILT = ("init", "setup", "configure_model", "meta")
 
 
-def fit(directory: Path, module: pl.LightningModule, *callbacks: pl.Callback, ckpt: Any = None, **options: Any) -> pl.Trainer:
+def fit(
+    directory: Path, module: pl.LightningModule, *callbacks: pl.Callback, ckpt: Any = None, **options: Any
+) -> pl.Trainer:
     trainer = boring.trainer(directory, list(callbacks), **options)
     trainer.fit(module, boring.data(), boring.data(6, shuffle=False), ckpt_path=ckpt)
     return trainer
@@ -111,7 +113,9 @@ def test_resume_at_the_end_of_an_epoch_and_with_accumulation(tmp_path: Path) -> 
 def test_last_and_best_need_no_change(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_last=True, monitor="val_loss")
     fit(tmp_path, boring.Boring(), LoRA(rank=2), saver)
-    trainer = boring.trainer(tmp_path, [LoRA(rank=2), ModelCheckpoint(tmp_path, save_last=True, monitor="val_loss")], max_epochs=2)
+    trainer = boring.trainer(
+        tmp_path, [LoRA(rank=2), ModelCheckpoint(tmp_path, save_last=True, monitor="val_loss")], max_epochs=2
+    )
     module = boring.Boring()
     trainer.fit(module, boring.data(), boring.data(6, shuffle=False), ckpt_path="last")
     assert trainer.global_step == 16
@@ -141,7 +145,11 @@ def test_changed_buffers_are_kept(tmp_path: Path) -> None:
     trainer = fit(tmp_path, module, LoRA(rank=2))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     kept = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
-    assert {k.rpartition(".")[2] for k in kept if "activation" in k} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert {k.rpartition(".")[2] for k in kept if "activation" in k} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
     save_adapter(module, tmp_path / "adapter")
     fresh = Normed()
     load_adapter(fresh, tmp_path / "adapter")
@@ -150,7 +158,9 @@ def test_changed_buffers_are_kept(tmp_path: Path) -> None:
 
 def test_several_methods_at_once_and_their_audit(tmp_path: Path) -> None:
     module = boring.Boring()
-    trainer = fit(tmp_path, module, LoRA(rank=2), BitFit(), LoRA(rank=1, targets="k", label="second"), PrefixTuning(length=2))
+    trainer = fit(
+        tmp_path, module, LoRA(rank=2), BitFit(), LoRA(rank=1, targets="k", label="second"), PrefixTuning(length=2)
+    )
     assert list(state.applied_to(module)) == ["lora", "bitfit", "second", "prefix_tuning"]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     resumed = boring.Boring()

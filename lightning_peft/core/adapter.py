@@ -53,7 +53,8 @@ class Adapter(nn.Module):
     def delta(self, weight: Tensor) -> Tensor:
         """The change of `weight` (d_out, d_in) that has the same effect, in the dtype of `weight`."""
         raise NotMergeableError(
-            f"{type(self).__name__} cannot be folded into a weight. Keep it attached, or `remove` it to get the base back."
+            f"{type(self).__name__} cannot be folded into a weight. Keep it attached, or `remove` it to get the "
+            f"base back."
         )
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -68,7 +69,9 @@ class Adapter(nn.Module):
         return dict(self.state_dict())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        """Follow the base to another device, but keep the dtype: adapters are masters in fp32 unless asked otherwise."""
+        """Follow the base to another device, but keep the dtype: adapters are masters in fp32 unless asked
+        otherwise.
+        """
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -165,13 +168,18 @@ def check_label(label: str) -> str:
 
 
 def attach(module: nn.Module, label: str, adapter: Adapter) -> None:
-    """Put `adapter` around `module` as `module.adapters.<label>`; class and parameter names of the base stay as they are."""
+    """Put `adapter` around `module` as `module.adapters.<label>`.
+
+    Class and parameter names of the base stay as they are.
+    """
     check_label(label)
     if not isinstance(module._modules.get("adapters"), Adapters):
         _open(module)
     container: Adapters = module.adapters  # type: ignore[assignment]
     if label in container:
-        raise LabelError(f"label={label!r} is taken on this {type(module).__name__}; known: {list(container._modules)}.")
+        raise LabelError(
+            f"label={label!r} is taken on this {type(module).__name__}; known: {list(container._modules)}."
+        )
     container.add(label, adapter.train(module.training))
 
 

@@ -1,8 +1,9 @@
 """Inside attention: a place where adapters see query, key, value and mask, whatever library the layer comes from.
 
 An adapter at an `attend` place is `forward(base, query, key, value, mask, **options)` with query (batch, heads, time,
-head_dim), key and value (batch, kv_heads, source, head_dim), mask None, boolean (True = visible) or additive, broadcast to
-(batch, heads, time, source); it returns what `base` returns: (output (batch, time, heads, head_dim), weights or None).
+head_dim), key and value (batch, kv_heads, source, head_dim), mask None, boolean (True = visible) or additive,
+broadcast to (batch, heads, time, source); it returns what `base` returns: (output (batch, time, heads, head_dim),
+weights or None).
 """
 
 from __future__ import annotations
@@ -82,7 +83,14 @@ def _open_transformers(module: nn.Module) -> Attend:
 
 # ------------------------------------------------------------------ torch.nn and timm: a forward written out
 def scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, dropout: float = 0.0, weights: bool = False, **_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    weights: bool = False,
+    **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T / sqrt(head_dim) + mask) v, transposed to (batch, time, heads, head_dim)."""
     if not weights:
@@ -171,7 +179,10 @@ class TimmForward(Takeover):
     def rewritten(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
         module = self.module
         q, k, v = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (norm(y) if norm is not None else y for norm, y in ((_child(module, "q_norm"), q), (_child(module, "k_norm"), k)))
+        q, k = (
+            norm(y) if norm is not None else y
+            for norm, y in ((_child(module, "q_norm"), q), (_child(module, "k_norm"), k))
+        )
         dropout = module.attn_drop.p if module.training else 0.0
         out, _weights = self.through("attend", scaled_dot_product, q, k, v, attn_mask, dropout=dropout, is_causal=False)
         out = out.flatten(2)
@@ -189,7 +200,8 @@ def takeover_of(module: nn.Module) -> type[Takeover] | None:
     if isinstance(module, nn.MultiheadAttention):
         if module.bias_k is not None or module.add_zero_attn:
             raise UnsupportedSiteError(
-                "nn.MultiheadAttention with add_bias_kv or add_zero_attn appends keys of its own; adapters inside it are "
+                "nn.MultiheadAttention with add_bias_kv or add_zero_attn appends keys of its own; adapters inside "
+                "it are "
                 "not defined. Exclude this module with exclude=..."
             )
         return MultiheadForward
@@ -198,8 +210,10 @@ def takeover_of(module: nn.Module) -> type[Takeover] | None:
     if _interface(module) is not None and hasattr(module, "config"):
         return None
     raise UnsupportedSiteError(
-        f"{type(module).__name__} computes attention in a way that cannot be opened. Known: transformers models that use "
-        "the attention interface (not BLOOM, not DeBERTa), nn.MultiheadAttention, timm's Attention. Use another method there."
+        f"{type(module).__name__} computes attention in a way that cannot be opened. Known: transformers models "
+        f"that use "
+        "the attention interface (not BLOOM, not DeBERTa), nn.MultiheadAttention, timm's Attention. Use another "
+        "method there."
     )
 
 
@@ -218,7 +232,10 @@ def close_attend(module: nn.Module, host: Attend) -> None:
 def widen_mask(
     mask: Tensor | None, extra: int, query: Tensor, key: Tensor, *, is_causal: bool, position_bias: Tensor | None = None
 ) -> Tensor | None:
-    """The mask for `extra` always-visible keys in front of `key`; a causal mask that was left out is written out first."""
+    """The mask for `extra` always-visible keys in front of `key`.
+
+    A causal mask that was left out is written out first.
+    """
     time, source = query.shape[2], key.shape[2]
     if mask is None:
         if not is_causal or time == 1:

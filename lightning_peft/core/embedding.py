@@ -1,8 +1,8 @@
 """The input site: virtual tokens in front of the text, with the masks, positions and token types that they need.
 
 The tokens are put in where the model embeds its input and taken out of what the model returns, so that logits, labels,
-pooling by index and losses outside of it line up with the text as before. In an encoder-decoder they stay in the encoder's
-output, since the decoder attends to them.
+pooling by index and losses outside of it line up with the text as before. In an encoder-decoder they stay in the
+encoder's output, since the decoder attends to them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class VirtualTokens(Tokens):
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise ValueError(
                     "Virtual tokens need an attention mask of shape (batch, time); got "
-                    f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Pass the 2-D padding mask, "
+                    f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Pass the 2-D "
+                    f"padding mask, "
                     "and generate with the default dynamic cache."
                 )
             call["attention_mask"] = F.pad(mask, (length, 0), value=1)
@@ -152,7 +153,11 @@ class EncoderTokens(Tokens):
         is_causal: bool | None = None,
     ) -> Tensor:
         length, time = len(self.tokens), 1 if self.batch_first else 0
-        tokens = self.tokens.to(src.dtype).unsqueeze(1 - time).expand(*(len(src), -1, -1) if time else (-1, src.shape[1], -1))
+        tokens = (
+            self.tokens.to(src.dtype)
+            .unsqueeze(1 - time)
+            .expand(*(len(src), -1, -1) if time else (-1, src.shape[1], -1))
+        )
         if mask is not None:  # all see the tokens, the tokens see each other only
             hidden = True if mask.dtype == torch.bool else -torch.inf
             mask = F.pad(F.pad(mask, (length, 0)), (0, 0, length, 0), value=hidden)
@@ -175,7 +180,8 @@ def check_length(owner: nn.Module, wanted: int) -> None:
     limit = getattr(getattr(owner, "config", None), "max_position_embeddings", None)
     if limit is not None and _learned_positions(owner) and wanted > limit - _offset(owner):
         raise ValueError(
-            f"{wanted} positions (text and virtual tokens) in a {type(owner).__name__} with {limit - _offset(owner)} learned "
+            f"{wanted} positions (text and virtual tokens) in a {type(owner).__name__} with "
+            f"{limit - _offset(owner)} learned "
             "positions. Shorten the text or the prompt."
         )
 
@@ -193,6 +199,8 @@ def _offset(owner: nn.Module) -> int:
 def padded_positions(owner: nn.Module) -> int | None:
     """The padding index of models that count positions over unpadded tokens (RoBERTa and its like), else None."""
     embeddings = getattr(owner, "embeddings", None)
-    if hasattr(embeddings, "create_position_ids_from_inputs_embeds") or hasattr(embeddings, "create_position_ids_from_input_ids"):
+    if hasattr(embeddings, "create_position_ids_from_inputs_embeds") or hasattr(
+        embeddings, "create_position_ids_from_input_ids"
+    ):
         return embeddings.padding_idx
     return None

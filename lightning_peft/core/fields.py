@@ -1,4 +1,6 @@
-"""Checks on the fields of a method: plain values of the annotated type, so that they survive YAML, JSON and checkpoints."""
+"""Checks on the fields of a method: plain values of the annotated type, so that they survive YAML, JSON and
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def check_fields(method: Any) -> None:
         value = getattr(method, f.name)
         if not is_plain(value):
             raise FieldError(
-                f"{type(method).__name__}({f.name}=...) got a {type(value).__name__}; fields hold plain values (str, int, "
+                f"{type(method).__name__}({f.name}=...) got a {type(value).__name__}; fields hold plain values "
+                f"(str, int, "
                 "float, bool, None, list, dict). Convert first: OmegaConf.to_container(config, resolve=True), or put "
                 "`_convert_: all` beside `_target_`."
             )

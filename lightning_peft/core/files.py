@@ -44,7 +44,9 @@ def save_adapter(model: nn.Module, directory: str | Path, label: str | None = No
     if applied.cell.merged:
         raise AdapterFileError(f"{applied.label!r} is merged into the base. Call unmerge first, then save.")
     tensors = {key: tensor.detach().contiguous().cpu().clone() for key, tensor in collected(model, applied).items()}
-    if bad := [key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]:
+    if bad := [
+        key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]:
         raise AdapterFileError(f"{len(bad)} tensors hold NaN or infinity ({bad[:3]}); nothing was written.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
@@ -59,7 +61,10 @@ def save_adapter(model: nn.Module, directory: str | Path, label: str | None = No
 
 
 def collected(model: nn.Module, applied: Applied) -> dict[str, Tensor]:
-    """Everything that belongs to a label: collapsed adapters, trained base parameters, changed buffers; shared ones once."""
+    """Everything that belongs to a label: collapsed adapters, trained base parameters, changed buffers.
+
+    Shared ones once.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     out: dict[str, Tensor] = {}
     for placement in applied.placements:
@@ -102,7 +107,9 @@ def verify(directory: Path, tensors: dict[str, Tensor]) -> None:
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         same = set(file.keys()) == set(tensors) and all(_equal(file.get_tensor(k), t) for k, t in tensors.items())
     if not same:
-        raise AdapterFileError(f"{directory.parent}: what was read back differs from what was written. Is the disk full?")
+        raise AdapterFileError(
+            f"{directory.parent}: what was read back differs from what was written. Is the disk full?"
+        )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -139,7 +146,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path} lacks one of schema, method, config, fingerprint. Save the adapter again.")
     if config["schema"] != SCHEMA:
         raise AdapterFileError(
-            f"{path} has schema {config['schema']}; this version of lightning_peft reads schema {SCHEMA}. Update the package."
+            f"{path} has schema {config['schema']}; this version of lightning_peft reads schema {SCHEMA}. Update "
+            f"the package."
         )
     return config
 
@@ -150,7 +158,9 @@ def read_method(directory: str | Path, label: str | None = None) -> Method:
 
     config = read_config(directory)
     if config["method"] not in REGISTRY:
-        raise AdapterFileError(f"{directory} was made with the method {config['method']!r}; known: {', '.join(sorted(REGISTRY))}.")
+        raise AdapterFileError(
+            f"{directory} was made with the method {config['method']!r}; known: {', '.join(sorted(REGISTRY))}."
+        )
     try:
         return REGISTRY[config["method"]](**{**config["config"], "label": label or config.get("label")})
     except (TypeError, ValueError) as error:
@@ -167,8 +177,8 @@ def load_adapter(
 ) -> Method:
     """Apply the method of an adapter directory to `model` with its trained tensors, and return it.
 
-    Modules are found by name; a prefix that the whole model has more or less (`model.`) is bridged. check_base=False allows
-    another base than the one trained on. On any error the model is as it was.
+    Modules are found by name; a prefix that the whole model has more or less (`model.`) is bridged. check_base=False
+    allows another base than the one trained on. On any error the model is as it was.
     """
     method = read_method(directory, label)
     tensors = read_tensors(directory)
@@ -190,7 +200,9 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} cannot be read ({error}): it is cut short or damaged. Copy or save it again.") from error
+        raise AdapterFileError(
+            f"{path} cannot be read ({error}): it is cut short or damaged. Copy or save it again."
+        ) from error
     if bad := [key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
         raise AdapterFileError(f"{path} holds NaN or infinity in {len(bad)} tensors ({bad[:3]}). Use an earlier save.")
     return tensors
@@ -199,17 +211,18 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
 def fill(model: nn.Module, applied: Applied, tensors: dict[str, Tensor], directory: Path, check_base: bool) -> None:
     wanted = collected(model, applied)
     tensors = aligned(model, tensors, set(wanted), directory)
-    buffers = {id(b) for _, _, b in state.persistent_buffers(model)}
-    own = {key: tensor for key, tensor in destinations(model, applied, tensors)}
+    own = dict(destinations(model, applied, tensors))
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or extra:
         raise AdapterFileError(
-            f"{directory} does not fit this {type(model).__name__}. Missing in the file: {missing[:4]} ({len(missing)}). "
-            f"Unknown to the model: {extra[:4]} ({len(extra)}). Use the model that the adapter was trained on."
+            f"{directory} does not fit this {type(model).__name__}. Missing in the file ({len(missing)}): {missing[:4]}. "
+            f"Unknown to the model ({len(extra)}): {extra[:4]}. Use the model that the adapter was trained on."
         )
     for key, target in own.items():
         if target.shape != tensors[key].shape:
-            raise AdapterFileError(f"{directory}: {key!r} is {tuple(tensors[key].shape)}, the model needs {tuple(target.shape)}.")
+            raise AdapterFileError(
+                f"{directory}: {key!r} is {tuple(tensors[key].shape)}, the model needs {tuple(target.shape)}."
+            )
     saved = read_config(directory)["fingerprint"]
     if check_base and saved != applied.fingerprint:
         raise AdapterFileError(
@@ -219,7 +232,6 @@ def fill(model: nn.Module, applied: Applied, tensors: dict[str, Tensor], directo
     with torch.no_grad():
         for key, target in own.items():
             target.copy_(tensors[key])
-    del buffers
 
 
 def destinations(model: nn.Module, applied: Applied, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -47,7 +47,12 @@ def merge(model: nn.Module, applied: Applied) -> MergeReport:
     dtypes = tuple(sorted({str(projection.views(p.place)[0].dtype).removeprefix("torch.") for p in applied.placements}))
     report = MergeReport(applied.label, len(folded), dtypes, max(errors))
     if report.rounding:
-        log.info("merged %r into %s: output changed by %.2e (relative) through rounding", report.label, dtypes, report.rounding)
+        log.info(
+            "merged %r into %s: output changed by %.2e (relative) through rounding",
+            report.label,
+            dtypes,
+            report.rounding,
+        )
     return report
 
 
@@ -75,7 +80,8 @@ def _check(model: nn.Module, applied: Applied) -> None:
         raise MergeError(f"{applied.label!r} is switched off, so merging would change the output. Enable it first.")
     if not applied.method.info.mergeable:
         raise NotMergeableError(
-            f"{applied.method.info.name} changes more than weights, so it cannot be merged. Keep it attached (enabled(False) "
+            f"{applied.method.info.name} changes more than weights, so it cannot be merged. Keep it attached "
+            f"(enabled(False) "
             "switches it off, remove takes it away). `lightning-peft methods` lists what can be merged."
         )
     _check_tied(model, applied)
@@ -92,7 +98,8 @@ def _check_tied(model: nn.Module, applied: Applied) -> None:
             names = owners.get(id(parameter), set())
             if len(names) > 1:
                 raise MergeError(
-                    f"The weight at {placement.site!r} is tied ({', '.join(sorted(names))}): merging would change them all. "
+                    f"The weight at {placement.site!r} is tied ({', '.join(sorted(names))}): merging would change "
+                    f"them all. "
                     "Untie it first (a copy as its own nn.Parameter), or leave the adapter attached."
                 )
 

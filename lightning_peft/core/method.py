@@ -54,7 +54,8 @@ class Method:
     """Common fields: where (`targets`, `layers`, `exclude`), what else trains (`heads`), under which `label`.
 
     targets: roles, globs or `re:` patterns (see `core.sites`); None where the method needs none.
-    layers: "last:6", "2-5", [0, 3], ... of each stack; exclude: patterns that are left out. roles: role -> pattern, for a
+    layers: "last:6", "2-5", [0, 3], ... of each stack; exclude: patterns that are left out. roles: role -> pattern,
+    for a
         model whose names no table knows, such as {"q": "*.to_query"}.
     heads: "auto" trains task heads (classifier, score, head, ...; never a language-model head), None trains none,
         patterns train the modules they match; heads are saved with the adapter.
@@ -102,7 +103,9 @@ class Method:
         if name is None or family is None:
             return
         if (taken := REGISTRY.get(name)) is not None and taken.__qualname__ != cls.__qualname__:
-            raise ValueError(f"A method named {name!r} is registered: {taken.__module__}.{taken.__name__}. Choose another name.")
+            raise ValueError(
+                f"A method named {name!r} is registered: {taken.__module__}.{taken.__name__}. Choose another name."
+            )
         equation = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
         cls.info = Info(name, family, paper, mergeable, identity, equation)
         REGISTRY[name] = cls
@@ -156,8 +159,10 @@ class Method:
         label = check_label(self.label or self.info.name)
         if label in state.applied_to(model):
             raise LabelError(
-                f"label={label!r} is taken on this {type(model).__name__} by {state.applied_to(model)[label].method.info.name}; "
-                f"known: {list(state.applied_to(model))}. Give this one a label of its own: {type(self).__name__}(label=...)."
+                f"label={label!r} is taken on this {type(model).__name__} by "
+                f"{state.applied_to(model)[label].method.info.name}; "
+                f"known: {list(state.applied_to(model))}. Give this one a label of its own: "
+                f"{type(self).__name__}(label=...)."
             )
         return _apply(self, model, label, trainable)
 
@@ -177,7 +182,9 @@ class Method:
         """Make the change permanent: merge, then forget the adapters; what is left is a plain model."""
         return unload(model, label or self.label or self.info.name)
 
-    def enabled(self, model: nn.Module, on: bool = True, label: str | None = None) -> contextlib.AbstractContextManager[None]:
+    def enabled(
+        self, model: nn.Module, on: bool = True, label: str | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Switch the adapters on or off; as a `with` block, until its end. Never touches `requires_grad`."""
         return enabled(model, label or self.label or self.info.name, on)
 
@@ -189,14 +196,17 @@ def default(f: dataclasses.Field[Any]) -> Any:
 # ------------------------------------------------------------------ applying
 def _apply(method: Method, model: nn.Module, label: str, trainable: bool) -> nn.Module:
     parts = method.parts() or (method,)
-    plans = [(f"{label}_{part.info.name}" if len(parts) > 1 else label, part, list(_plan(part, model))) for part in parts]
+    plans = [
+        (f"{label}_{part.info.name}" if len(parts) > 1 else label, part, list(_plan(part, model))) for part in parts
+    ]
     names = {id(module): name for name, module in model.named_modules()}
     selected = _select_all(method, parts, model)
     mark = state.fingerprint(list(_base_tensors(plans, selected, model)))
     applied = Applied(method, label, state.Cell(), [], selected, trainable, mark)
     if not selected and not any(plan for _, _, plan in plans):
         raise NothingToTrainError(
-            f"{type(method).__name__} finds nothing to train in this {type(model).__name__}: targets={method.targets!r}, "
+            f"{type(method).__name__} finds nothing to train in this {type(model).__name__}: "
+            f"targets={method.targets!r}, "
             f"heads={method.heads!r}. Roles known here: {', '.join(sorted(roles(model))) or 'none'}."
         )
     try:
@@ -262,7 +272,7 @@ def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) 
     chosen = [s.module for s in selected if not s.head] if not near else list(near.values())
     for index, module in enumerate(chosen or [model]):
         own = [(name, p) for name, p in module.named_parameters() if id(p) not in mine | heads]
-        yield from ((f"{index}.{name}", p) for name, p in own[:4 if chosen else None])
+        yield from ((f"{index}.{name}", p) for name, p in own[: 4 if chosen else None])
 
 
 def _select_all(method: Method, parts: tuple[Method, ...], model: nn.Module) -> list[Selected]:
@@ -290,7 +300,9 @@ def _selections(method: Method, parts: tuple[Method, ...], model: nn.Module) -> 
     mine = {id(p) for a in state.applied_to(model).values() for x in a.placements for p in x.adapter.parameters()}
     for module in head_modules(model, method.heads).values():
         for child in module.modules():
-            yield from ((child, name, None, True) for name, p in child.named_parameters(recurse=False) if id(p) not in mine)
+            yield from (
+                (child, name, None, True) for name, p in child.named_parameters(recurse=False) if id(p) not in mine
+            )
     for part in parts:
         if type(part).select is not Method.select:
             yield from _part_selections(part, model, mine)
@@ -343,13 +355,17 @@ def rows_of(site: Site, parameter: Tensor) -> Tensor | None:
 def check_mask(mask: Tensor, parameter: Tensor, name: str) -> Tensor:
     if mask.dtype != torch.bool or mask.shape != parameter.shape:
         raise ValueError(
-            f"select({name!r}) gave a mask of {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(parameter.shape)}."
+            f"select({name!r}) gave a mask of {mask.dtype} {tuple(mask.shape)}; expected torch.bool "
+            f"{tuple(parameter.shape)}."
         )
     return mask
 
 
 def head_modules(model: nn.Module, heads: str | list[str] | None) -> dict[str, nn.Module]:
-    """name -> module of the heads that train along. A pattern that matches nothing is an error; "auto" may find none."""
+    """name -> module of the heads that train along. A pattern that matches nothing is an error.
+
+    "auto" may find none.
+    """
     if heads is None:
         return {}
     if heads == "auto":
@@ -424,10 +440,16 @@ class enabled(contextlib.AbstractContextManager[None]):  # noqa: N801
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """Draw the initial tensors again of adapters that were made on the meta device, after `to_empty` gave them memory."""
+    """Draw the initial tensors again of adapters that were made on the meta device, after `to_empty` gave them
+    memory.
+    """
     for applied in state.applied_to(model).values():
         parts = {part.info.name: part for part in applied.method.parts() or (applied.method,)}
         for placement in applied.placements:
-            part = next(iter(parts.values())) if len(parts) == 1 else parts[placement.key.removeprefix(f"{applied.label}_")]
+            part = (
+                next(iter(parts.values()))
+                if len(parts) == 1
+                else parts[placement.key.removeprefix(f"{applied.label}_")]
+            )
             placement.adapter.reset(Draw(part.seed, f"{placement.site}/{placement.role}/{part.info.name}"))
     return model

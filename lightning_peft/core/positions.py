@@ -1,4 +1,6 @@
-"""Which positions of a batch an edit acts on, known inside the blocks: the padding mask is seen by the whole model only."""
+"""Which positions of a batch an edit acts on, known inside the blocks: the padding mask is seen by the whole model
+only.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,8 @@ class Positions(Adapter):
     def mask(self, given: Tensor, first: int, last: int) -> tuple[Tensor, Tensor] | None:
         """(batch, time) masks of the first `first` and the last `last` prompt tokens; None where nothing is edited.
 
-        given: the block's input (batch, time, d). Activation checkpointing runs a block again when the model is done; its
-        input is by then all that tells which call it was.
+        given: the block's input (batch, time, d). Activation checkpointing runs a block again when the model is done;
+        its input is by then all that tells which call it was.
         """
         if self.running:
             masks = None if self.generating else ends(self.prompt, given, first, last)

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Host, LabelError, NotMergeableError, Takeover, take_over, through, unlink
-from lightning_peft.core.attention import Attend, MultiheadForward, close_attend, in_projection, open_attend, takeover_of
+from lightning_peft.core.attention import (
+    Attend,
+    MultiheadForward,
+    close_attend,
+    in_projection,
+    open_attend,
+    takeover_of,
+)
 from lightning_peft.core.sites import Columns, Site
 
 
@@ -40,7 +47,9 @@ class PackedForward(Takeover):
         for host in self.hosts().values():
             columns: Columns = host.columns  # type: ignore[assignment]
 
-            def part(z: Tensor, columns: Columns = columns) -> Tensor:  # an adapter may turn the input: then compute anew
+            def part(
+                z: Tensor, columns: Columns = columns
+            ) -> Tensor:  # an adapter may turn the input: then compute anew
                 return columns.take(whole if z is x else base(z, *args, **kwargs))
 
             out = columns.put(out, through(host, part, x))
@@ -49,7 +58,10 @@ class PackedForward(Takeover):
 
 # ------------------------------------------------------------------ opening and closing places
 def open_place(site: Site) -> nn.Module:
-    """What to attach to for this site; makes the host (and the written-out forward it needs) where there is none yet."""
+    """What to attach to for this site.
+
+    Makes the host (and the written-out forward it needs) where there is none yet.
+    """
     if site.part is None and site.columns is None:
         return site.module
     name = str(site.part or site.role).rpartition(".")[2]
@@ -60,7 +72,9 @@ def open_place(site: Site) -> nn.Module:
 def _add_host(site: Site, name: str) -> Host:
     module = site.module
     if hasattr(module, name) and name == "attend":
-        raise LabelError(f"{type(module).__name__} has an attribute `attend` of its own; adapters inside it cannot be kept there.")
+        raise LabelError(
+            f"{type(module).__name__} has an attribute `attend` of its own; adapters inside it cannot be kept there."
+        )
     host, takeover = _make_host(site, name)
     vars(host)["owner"] = module  # not registered: the owner already holds the host
     module.add_module(name, host.train(module.training))
@@ -94,7 +108,10 @@ def close_place(place: nn.Module) -> None:
 
 # ------------------------------------------------------------------ reading and writing weights
 def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (..., d_in) and bias (...) of the place, as views of the base's parameters; leading sizes multiply to d_out."""
+    """Weight (..., d_in) and bias (...) of the place, as views of the base's parameters.
+
+    Leading sizes multiply to d_out.
+    """
     if isinstance(place, Slice):
         return _slice_views(place)
     if isinstance(place, Projected):
@@ -107,7 +124,8 @@ def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
         if type(place).__name__ == "Conv1D":
             return weight.T, place.bias  # type: ignore[return-value]
     raise NotMergeableError(
-        f"{type(place).__name__} has no floating-point weight (d_out, d_in) to fold into. Known: Linear, Conv1D, slices of "
+        f"{type(place).__name__} has no floating-point weight (d_out, d_in) to fold into. Known: Linear, Conv1D, "
+        f"slices of "
         "them, nn.MultiheadAttention. Leave the adapter attached."
     )
 

@@ -1,4 +1,6 @@
-"""What is active, what is trainable, what is saved: three sets, kept apart, all derived from objects and never from names."""
+"""What is active, what is trainable, what is saved: three sets, kept apart, all derived from objects and never
+from names.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,11 @@ class Registry:
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and not isinstance(module, Adapter):
+            if (
+                buffer is not None
+                and name not in module._non_persistent_buffers_set
+                and not isinstance(module, Adapter)
+            ):
                 yield module, name, buffer
 
 
@@ -167,7 +173,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def saved(model: nn.Module) -> dict[str, Tensor]:
-    """name -> tensor for what a checkpoint needs beside the base: adapters, trained base parameters, changed buffers."""
+    """name -> tensor for what a checkpoint needs beside the base: adapters, trained base parameters, changed
+    buffers.
+    """
     registry = registry_of(model)
     if registry is None:
         return {}
@@ -175,7 +183,11 @@ def saved(model: nn.Module) -> dict[str, Tensor]:
     for applied in registry.applied.values():
         for placement in applied.placements:
             kept.update(id(b) for b in placement.adapter.buffers())
-    kept.update(id(getattr(m, n)) for m, n, old in registry.buffers if getattr(m, n, None) is not None and digest(getattr(m, n)) != old)
+    kept.update(
+        id(getattr(m, n))
+        for m, n, old in registry.buffers
+        if getattr(m, n, None) is not None and digest(getattr(m, n)) != old
+    )
     state, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in kept and id(tensor) not in seen:
@@ -207,7 +219,9 @@ def mask_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def restore_unselected(model: nn.Module) -> None:
-    """After an optimizer step: put entries outside of each mask back, bit for bit (weight decay and momentum move them)."""
+    """After an optimizer step: put entries outside of each mask back, bit for bit (weight decay and momentum move
+    them).
+    """
     for applied in applied_to(model).values():
         for selected in applied.selected:
             if selected.mask is not None and selected.original is not None:
@@ -247,5 +261,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 
 def _selected_count(model: nn.Module, parameter: nn.Parameter) -> int:
-    masks = [s.mask for a in applied_to(model).values() for s in a.selected if s.parameter is parameter and s.mask is not None]
+    masks = [
+        s.mask
+        for a in applied_to(model).values()
+        for s in a.selected
+        if s.parameter is parameter and s.mask is not None
+    ]
     return int(masks[0].sum()) if masks else parameter.numel()

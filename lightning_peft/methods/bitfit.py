@@ -32,7 +32,8 @@ class Shift(Adapter):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if bias is None:
             raise NotMergeableError(
-                "BitFit made biases for projections that have none, and such a projection has no place for one. Leave them "
+                "BitFit made biases for projections that have none, and such a projection has no place for one. "
+                "Leave them "
                 "attached, or train BitFit(create=False) on a model that has biases."
             )
         return weight, bias + self.b.to(bias)
@@ -43,8 +44,8 @@ class BitFit(PEFT, name="bitfit", family="selective", paper="2106.10199", mergea
 
     Every bias of the base trains in place, those of the norms included; with `targets` only the biases of these modules
     (the paper's small variant: targets="q,up"; of a packed projection, the entries of that slice).
-    create: projections of attention and feed-forward layers that have no bias (Llama, T5) get one, zero at step 0, as an
-    adapter. Source: section 3.
+    create: projections of attention and feed-forward layers that have no bias (Llama, T5) get one, zero at step 0, as
+    an adapter. Source: section 3.
     """
 
     targets: str | list[str] | None = None

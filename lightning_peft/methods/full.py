@@ -10,7 +10,8 @@ from lightning_peft.callback import PEFT
 class FullFineTuning(PEFT, name="full", family="baseline", mergeable=True):
     """train every parameter
 
-    keep_base: a copy of the base stays on the CPU, so that `remove` restores it bit for bit; turn it off for large models.
+    keep_base: a copy of the base stays on the CPU, so that `remove` restores it bit for bit; turn it off for large
+    models.
     A checkpoint then holds the whole model, since all of it trains.
     """
 

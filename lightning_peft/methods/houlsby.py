@@ -40,7 +40,10 @@ class Bottleneck(Adapter):
         self.activation, self.init, self.scale = activation, init, scale
 
     def reset(self, draw: Draw) -> None:
-        """zero: Kaiming down, zero up (He et al.); normal: N(0, 0.01^2) cut at two sigma (Houlsby); bert: N(0, 0.02^2)."""
+        """zero: Kaiming down, zero up (He et al.); normal: N(0, 0.01^2) cut at two sigma (Houlsby).
+
+        Bert: N(0, 0.02^2).
+        """
         if self.init == "zero":
             draw.kaiming_uniform(self.down)
             draw.zeros(self.up)
@@ -63,9 +66,10 @@ class Bottleneck(Adapter):
 class Houlsby(PEFT, name="houlsby", family="additive", paper="1902.00751"):
     """h + W_up phi(W_dn h + b_dn) + b_up after attention and after the feed-forward layer
 
-    h is the output of the projections `o` and `down`, before dropout, residual and norm. L * 2 (2md + m + d) parameters.
-    init "zero" starts at the base exactly; the paper's "normal" starts near it. norms: gain and bias of every norm train as
-    well, as in the paper; off by default, so that adapters share one base. Source: section 2.1, figure 2.
+    h is the output of the projections `o` and `down`, before dropout, residual and norm. L * 2 (2md + m + d)
+    parameters.
+    init "zero" starts at the base exactly; the paper's "normal" starts near it. norms: gain and bias of every norm
+    train as well, as in the paper; off by default, so that adapters share one base. Source: section 2.1, figure 2.
     """
 
     targets: str | list[str] | None = "o,down"

@@ -48,10 +48,11 @@ class ScaleInput(ScaleOutput):
 class IA3(PEFT, name="ia3", family="additive", paper="2205.05638", mergeable=True):
     """k = l_k * W_k x, v = l_v * W_v x, f = W_down (l_ff * g(x))
 
-    Keys and values (self- and cross-attention) are scaled after their projection, bias included and before any rotation of
-    positions; the feed-forward layer's inner activation is scaled before the down projection (after gate * up where there is
-    a gate). All vectors start at one: the base at step 0. Merging is exact. inputs: targets that scale their input instead
-    of their output. Source: section 3.3.
+    Keys and values (self- and cross-attention) are scaled after their projection, bias included and before any
+    rotation of positions; the feed-forward layer's inner activation is scaled before the down projection (after gate
+    * up where there is
+    a gate). All vectors start at one: the base at step 0. Merging is exact. inputs: targets that scale their input
+    instead of their output. Source: section 3.3.
     """
 
     targets: str | list[str] | None = "k,v,cross.k?,cross.v?,down"

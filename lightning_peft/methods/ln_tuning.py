@@ -12,8 +12,9 @@ from lightning_peft.callback import PEFT
 class LNTuning(PEFT, name="ln_tuning", family="selective", paper="2211.08682", mergeable=True):
     """train g and b in y = g * (x - mean) / std + b
 
-    Gain and bias of every normalisation layer (LayerNorm, RMSNorm: gain only) train in place; a Gemma-style norm trains its
-    raw parameter w of the gain 1 + w. Query and key norms inside attention are left out: add "norm.qk" to `targets`.
+    Gain and bias of every normalisation layer (LayerNorm, RMSNorm: gain only) train in place; a Gemma-style norm
+    trains its raw parameter w of the gain 1 + w. Query and key norms inside attention are left out: add "norm.qk" to
+    `targets`.
     """
 
     targets: str | list[str] | None = "norm"

@@ -25,7 +25,14 @@ class LowRank(Adapter):
     """y = base(x) + s (B A drop(x) + c): A (rank, d_in), B (d_out, rank), c (d_out,) or absent."""
 
     def __init__(
-        self, d_in: int, d_out: int, rank: int, scale: float, dropout: float = 0.0, bias: bool = False, init: str = "kaiming"
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        bias: bool = False,
+        init: str = "kaiming",
     ) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.empty(rank, d_in))
@@ -54,7 +61,9 @@ class LowRank(Adapter):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.c is not None:
             if bias is None:
-                raise FieldError("LoRA(lora_bias=True) on a projection without a bias cannot be merged; leave it attached.")
+                raise FieldError(
+                    "LoRA(lora_bias=True) on a projection without a bias cannot be merged; leave it attached."
+                )
             bias = bias + self.scale * self.c.to(bias)
         return weight + self.delta(weight), bias
 

@@ -37,7 +37,10 @@ class LowRankEdit(nn.Module):
             draw.uniform(self.b, bound=self.w.shape[1] ** -0.5)
 
     def rotation(self) -> Tensor:  # (r, d)
-        """The orthonormal rows that `r` stands for: Q of its QR decomposition, signs fixed; an orthonormal r is its own."""
+        """The orthonormal rows that `r` stands for: Q of its QR decomposition, signs fixed.
+
+        An orthonormal r is its own.
+        """
         with torch.autocast(self.r.device.type, enabled=False):
             q, upper = torch.linalg.qr(self.r.float().T)
             return (q * torch.sign(torch.diagonal(upper))).T
@@ -51,7 +54,15 @@ class LoReFTBlock(Adapter):
     """h + m_first * e_first(h) + m_last * e_last(h) on what a block returns; tied: one e for both."""
 
     def __init__(
-        self, positions: Positions, width: int, rank: int, first: int, last: int, tied: bool, dropout: float, identity: bool
+        self,
+        positions: Positions,
+        width: int,
+        rank: int,
+        first: int,
+        last: int,
+        tied: bool,
+        dropout: float,
+        identity: bool,
     ) -> None:
         super().__init__()
         vars(self)["positions"] = positions  # it is registered where it listens
@@ -94,10 +105,12 @@ class LoReFTBlock(Adapter):
 class LoReFT(PEFT, name="loreft", family="representation", paper="2404.03592", identity=False):
     """h' = h + R^T (W h + b - R h), R R^T = I
 
-    h (d,) is what a block returns at the first `first` and the last `last` tokens of the prompt: real tokens by the padding
-    mask, before the first counted label where there are labels a token, at most half of them each; none while a KV cache is
-    extended. tied: one (R, W, b) a block for both ends, else two. L (2 r d + r) parameters when tied. identity=True starts
-    with W = R, b = 0, the base at step 0 (not in the paper). R stays orthonormal by a QR decomposition. `dropout` acts on
+    h (d,) is what a block returns at the first `first` and the last `last` tokens of the prompt: real tokens by the
+    padding mask, before the first counted label where there are labels a token, at most half of them each; none while
+    a KV cache is
+    extended. tied: one (R, W, b) a block for both ends, else two. L (2 r d + r) parameters when tied. identity=True
+    starts with W = R, b = 0, the base at step 0 (not in the paper). R stays orthonormal by a QR decomposition.
+    `dropout` acts on
     the edit (the authors' code drops the whole h'). In an encoder-decoder the encoder is edited. Source: section 3.2,
     equation 2. Generation needs its KV cache (the default).
     """

@@ -14,8 +14,8 @@ from lightning_peft.methods.prefix_tuning import PrefixTuning
 class MAM(PEFT, name="mam", family="hybrid", paper="2110.04366", identity=False):
     """prefix tuning on attention + scaled parallel adapter on the feed-forward layer
 
-    The same as applying the two methods one after the other. prefix_bottleneck > 0 trains the prefix through an MLP of this
-    width (the paper: 800 for summarisation). Source: section 4.6.
+    The same as applying the two methods one after the other. prefix_bottleneck > 0 trains the prefix through an MLP
+    of this width (the paper: 800 for summarisation). Source: section 4.6.
     """
 
     length: int = 30
@@ -24,7 +24,13 @@ class MAM(PEFT, name="mam", family="hybrid", paper="2110.04366", identity=False)
     scale: float | None = 4.0
 
     def parts(self) -> tuple[PEFT, ...]:
-        common = {"layers": self.layers, "exclude": self.exclude, "roles": self.roles, "seed": self.seed, "dtype": self.dtype}
+        common = {
+            "layers": self.layers,
+            "exclude": self.exclude,
+            "roles": self.roles,
+            "seed": self.seed,
+            "dtype": self.dtype,
+        }
         return (
             PrefixTuning(length=self.length, bottleneck=self.prefix_bottleneck, **common),
             ParallelAdapter(bottleneck=self.bottleneck, scale=self.scale, **common),

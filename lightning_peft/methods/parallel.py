@@ -5,7 +5,6 @@ https://arxiv.org/abs/2110.04366
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,9 @@ class Tap(Adapter):
 class Parallel(Bottleneck):
     """y = base(h) + s D(u): u (..., d) is what the tap saw on the way in."""
 
-    def __init__(self, tap: Tap, site: Site, bottleneck: int, activation: Activation, init: Init, scale: float | None) -> None:
+    def __init__(
+        self, tap: Tap, site: Site, bottleneck: int, activation: Activation, init: Init, scale: float | None
+    ) -> None:
         super().__init__(site.out_features, bottleneck, activation, init, 1.0 if scale is None else scale)
         vars(self)["tap"] = tap  # it is registered where it listens
         self.gain = nn.Parameter(torch.empty(1)) if scale is None else None
@@ -54,8 +55,9 @@ class Parallel(Bottleneck):
 class ParallelAdapter(PEFT, name="parallel", family="additive", paper="2110.04366"):
     """f(u) + s (W_up phi(W_dn u + b_dn) + b_up), u the input of the feed-forward layer f
 
-    u is what the layer itself reads: the attention block's output in post-norm models, its norm in pre-norm models. The sum
-    is taken at the down projection, before dropout and residual. L (2md + m + d) parameters. scale None makes s a trained
+    u is what the layer itself reads: the attention block's output in post-norm models, its norm in pre-norm models.
+    The sum is taken at the down projection, before dropout and residual. L (2md + m + d) parameters. scale None makes
+    s a trained
     scalar that starts at 1. Source: section 4.4, table 4.
     """
 
@@ -73,7 +75,8 @@ class ParallelAdapter(PEFT, name="parallel", family="additive", paper="2110.0436
             entry = sites.sibling(site, "up")
             if entry is None or entry.in_features != site.out_features:
                 raise TargetError(
-                    f"ParallelAdapter needs the feed-forward layer around {site.name!r}: an `up` projection in the same block "
+                    f"ParallelAdapter needs the feed-forward layer around {site.name!r}: an `up` projection in the "
+                    f"same block "
                     f"that reads {site.out_features} features. Use targets='down' on a model whose roles are known."
                 )
             tap = Tap()

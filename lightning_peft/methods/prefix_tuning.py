@@ -95,9 +95,10 @@ class ReparametrisedPrefix(Prefix):
 class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101.00190", identity=False):
     """Att(q, [P_K; K], [P_V; V]), [P_K; P_V] = MLP(E)
 
-    Each attention layer gets `length` trained keys and values in front of its own, after the KV cache, without positions,
-    visible to every query; a grouped-query layer gets them per key/value head. L * 2 * length * kv_heads * head_dim
-    parameters. bottleneck > 0 trains them through an embedding E (length, d) and an MLP whose first layer, of this width, all
+    Each attention layer gets `length` trained keys and values in front of its own, after the KV cache, without
+    positions, visible to every query; a grouped-query layer gets them per key/value head. L * 2 * length * kv_heads *
+    head_dim parameters. bottleneck > 0 trains them through an embedding E (length, d) and an MLP whose first layer,
+    of this width, all
     layers share; adapter files hold the prefixes themselves. Positions of the text are not shifted. Source: section 4.
     """
 
@@ -120,7 +121,9 @@ class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101
                 continue
             kind = f"{site.stack}/{site.role}"
             if kind not in trunks:
-                trunks[kind] = Trunk(self.length, width, self.bottleneck, partial(Draw, self.seed, f"{kind}/prefix trunk"))
+                trunks[kind] = Trunk(
+                    self.length, width, self.bottleneck, partial(Draw, self.seed, f"{kind}/prefix trunk")
+                )
             yield site, ReparametrisedPrefix(trunks[kind], self.length, kv_heads, head_dim, self.dropout)
 
     def portable(self) -> PrefixTuning:

@@ -21,12 +21,14 @@ from lightning_peft.core.sites import Site, Sites, TargetError, roles
 class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104.08691", identity=False):
     """x' = [P; Emb(x)]
 
-    P (length, d) is trained, the rest is frozen. Masks, positions and token types are widened; what the model returns is
-    cut back to the text, so that labels, losses and pooling need nothing. An encoder-decoder gets P in its encoder, a vision
+    P (length, d) is trained, the rest is frozen. Masks, positions and token types are widened; what the model returns
+    is cut back to the text, so that labels, losses and pooling need nothing. An encoder-decoder gets P in its
+    encoder, a vision
     transformer after its class token. P lives behind the embedding's own scaling, where the model has one.
 
-    init: "uniform" U(-0.5, 0.5), "normal" N(0, 1), or "vocabulary": rows of the embedding, drawn from the `vocabulary` first
-    token ids (in most vocabularies the frequent ones). Needs a high learning rate (0.01 to 0.3). Source: section 2.
+    init: "uniform" U(-0.5, 0.5), "normal" N(0, 1), or "vocabulary": rows of the embedding, drawn from the
+    `vocabulary` first token ids (in most vocabularies the frequent ones). Needs a high learning rate (0.01 to 0.3).
+    Source: section 2.
     """
 
     targets: str | list[str] | None = "embed"
@@ -60,9 +62,14 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
     def _tokens(self, width: int, table: Tensor | None = None) -> tuple[int, int, str, Tensor | None]:
         if self.init == "vocabulary":
             if table is None:
-                raise TargetError("PromptTuning(init='vocabulary') needs a token embedding; use init='uniform' on this model.")
+                raise TargetError(
+                    "PromptTuning(init='vocabulary') needs a token embedding; use init='uniform' on this model."
+                )
             if min(self.vocabulary, len(table)) < self.length:
-                raise TargetError(f"{self.length} tokens cannot be drawn from {min(self.vocabulary, len(table))} rows; lower `length`.")
+                raise TargetError(
+                    f"{self.length} tokens cannot be drawn from {min(self.vocabulary, len(table))} rows; lower "
+                    f"`length`."
+                )
         return self.length, width, self.init, None if table is None else table[: self.vocabulary]
 
     @staticmethod
@@ -83,13 +90,27 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
         tower = site.name.split(".")[0]
         blocks = [b for b in blocks if b.name.split(".")[0] == tower] or blocks
         if not blocks or blocks[0].facts.hidden is None:
-            raise TargetError(f"The blocks behind {site.name!r} are unknown, so virtual tokens cannot be put in front of them.")
-        index = sum(p.shape[1] if p.dim() == 3 else 1 for n, p in sites.model.named_parameters() if n.rpartition(".")[2] in CLASS)
+            raise TargetError(
+                f"The blocks behind {site.name!r} are unknown, so virtual tokens cannot be put in front of them."
+            )
+        index = sum(
+            p.shape[1] if p.dim() == 3 else 1
+            for n, p in sites.model.named_parameters()
+            if n.rpartition(".")[2] in CLASS
+        )
         yield blocks[0], StackTokens(index, *self._tokens(blocks[0].facts.hidden))
         yield blocks[-1], StripTokens(self.length, index)
 
 
-CLASS = {"cls_token", "class_token", "class_embedding", "reg_token", "register_tokens", "dist_token", "distillation_token"}
+CLASS = {
+    "cls_token",
+    "class_token",
+    "class_embedding",
+    "reg_token",
+    "register_tokens",
+    "dist_token",
+    "distillation_token",
+}
 
 
 @dataclasses.dataclass(frozen=True)
