@@ -29,6 +29,8 @@ _PUBLIC = {
     "sites": "lightning_peft.core.sites",
     "save_adapter": "lightning_peft.core.files",
     "load_adapter": "lightning_peft.core.files",
+    "load_checkpoint": "lightning_peft.checkpoint",
+    "materialize": "lightning_peft.core.method",
     "PEFTStrategyMixin": "lightning_peft.strategies",
     "PEFTSingleDeviceStrategy": "lightning_peft.strategies",
     "PEFTDDPStrategy": "lightning_peft.strategies",
@@ -48,9 +50,10 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from lightning_peft.callback import PEFT
+    from lightning_peft.checkpoint import load_checkpoint
     from lightning_peft.core.adapter import Adapter
     from lightning_peft.core.files import load_adapter, save_adapter
-    from lightning_peft.core.method import REGISTRY, Method
+    from lightning_peft.core.method import REGISTRY, Method, materialize
     from lightning_peft.core.sites import Site, sites
     from lightning_peft.methods import (
         IA3,

@@ -20,6 +20,7 @@ from lightning_peft.core.method import Method, NothingToTrainError
 from lightning_peft.resume import ExactResume
 
 log = logging.getLogger("lightning_peft")
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
 PLAIN_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 
 
@@ -48,6 +49,7 @@ class PEFT(Method, Callback):
                 inject(pl_module)
                 if stage == "fit":
                     check_something_trains(pl_module)
+                leave_frozen_alone(trainer.strategy, pl_module)
 
             pl_module.configure_model = configure_model  # type: ignore[method-assign]
         if self not in patches:
@@ -117,20 +119,16 @@ class PEFT(Method, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         model = vars(self).get("_module", lambda: None)()
-        applied = state.applied_to(model).get(self.name_on_model) if model is not None else None
         if state_dict.get("method") != self.info.name:
             raise checkpoint.CheckpointError(
                 f"The checkpoint was made with {state_dict.get('method')!r} under the label {self.name_on_model!r}; "
                 f"this is {self.info.name!r}. Use the same method."
             )
-        saved = state_dict.get("fingerprint")
-        if applied is not None and saved is not None and saved != applied.fingerprint:
-            raise checkpoint.CheckpointError(
-                f"The checkpoint was made on another base model: fingerprint {saved} there, {applied.fingerprint} here "
-                f"({type(model).__name__}). Load the base weights that it was trained on."
-            )
-        if "rng" in state_dict:
-            self._resume.load_state_dict(state_dict["rng"])
+        if model is not None:
+            checkpoint.check_base(model, self.name_on_model, state_dict.get("fingerprint"))
+        if "rng" in state_dict and model is not None:
+            leader = next(iter(state.applied_to(model).values())).method
+            leader._resume.load_state_dict(state_dict["rng"])  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration only: what belongs to a run stays with it."""
@@ -162,8 +160,14 @@ def resumable(known: state.Applied, method: Method) -> bool:
 
 
 def unpatch(pl_module: pl.LightningModule) -> None:
+    """Take away what belongs to one run; the adapters stay."""
     if vars(pl_module).pop("_peft_pending", None) is not None:
         vars(pl_module).pop("configure_model", None)
+    if "_peft_ignored_before" in vars(pl_module):
+        before = vars(pl_module).pop("_peft_ignored_before")
+        vars(pl_module).pop(IGNORED, None)
+        if before is not None:
+            setattr(pl_module, IGNORED, before)
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -188,8 +192,6 @@ def lend(strategy: Strategy, pl_module: pl.LightningModule) -> None:
         "load_optimizer_state_dict",
     ):
         setattr(strategy, name, functools.partial(LENT[name], strategy, type(strategy)))
-    if isinstance(strategy, DDPStrategy):
-        strategy.configure_ddp = functools.partial(configure_ddp, strategy, type(strategy))  # type: ignore[method-assign]
 
 
 def _module_state(strategy: Any, kind: Any) -> dict[str, Tensor]:
@@ -212,13 +214,15 @@ def _load_optimizer_state(strategy: Any, kind: Any, loaded: Any) -> None:
     kind.load_optimizer_state_dict(strategy, {**loaded, "optimizer_states": states})
 
 
-def configure_ddp(strategy: Any, kind: Any) -> None:
-    """Frozen parameters are the same on all ranks: DDP neither broadcasts nor reduces them."""
-    module = strategy.lightning_module
-    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-    check_equal_across_ranks(module, frozen)
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
-    kind.configure_ddp(strategy)
+def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> None:
+    """Under DDP: frozen parameters are the same on all ranks, which is checked, so they are never broadcast or reduced."""
+    if not isinstance(strategy, DDPStrategy):
+        return
+    frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
+    check_equal_across_ranks(pl_module, frozen)
+    vars(pl_module).setdefault("_peft_ignored_before", getattr(pl_module, IGNORED, None))
+    ignored = [*frozen, *(vars(pl_module)["_peft_ignored_before"] or [])]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)
 
 
 LENT = {
@@ -277,11 +281,11 @@ def audit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def announce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """One line on rank zero: methods, sites, counts, what a checkpoint of the weights takes."""
+    """A table of the methods and one line of counts, on rank zero."""
     facts = state.describe(pl_module)
     rank_zero_info(
-        f"PEFT: {', '.join(state.applied_to(pl_module))} at {facts['sites']} sites | trainable "
-        f"{facts['trainable']:,} of "
+        f"{state.table(pl_module)}\n"
+        f"PEFT: {', '.join(state.applied_to(pl_module))} at {facts['sites']} sites | trainable {facts['trainable']:,} of "
         f"{facts['total']:,} ({facts['percent']:.4f} %) | weights in a checkpoint {facts['bytes'] / 2**20:.2f} MiB"
     )
 

@@ -6,13 +6,16 @@ One implementation for the callback alone (it lends these functions to a plain s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core import state
+from lightning_peft.core.method import REGISTRY, Method
 
 
 class CheckpointError(RuntimeError):
@@ -48,6 +51,38 @@ def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: boo
                 f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} here."
             )
     module.load_state_dict(dict(given), strict=False)
+
+
+def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Method] | None = None) -> nn.Module:
+    """Put the methods and the weights of a Lightning checkpoint into a freshly built module, without a Trainer.
+
+    methods: those of a checkpoint that was saved with `weights_only`, which does not name them. Never unpickles.
+    """
+    import lightning_peft.methods  # noqa: F401  fills the registry
+
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    entries = [entry for key, entry in saved.get("callbacks", {}).items() if key.startswith("lightning_peft.")]
+    if methods is None and not entries:
+        raise CheckpointError(
+            f"{path} does not say which methods it was made with (saved with weights_only?). Name them: "
+            "load_checkpoint(module, path, methods=[LoRA(...)])."
+        )
+    for method in methods or [REGISTRY[entry["method"]](**entry["config"]) for entry in entries]:
+        method.apply(module)
+    for entry in entries:
+        check_base(module, entry["label"], entry.get("fingerprint"))
+    load_model_state(module, saved["state_dict"])
+    return module
+
+
+def check_base(module: nn.Module, label: str, fingerprint: str | None) -> None:
+    """Raise where the methods were trained on another base than this one."""
+    applied = state.applied_to(module).get(label)
+    if applied is not None and fingerprint is not None and fingerprint != applied.fingerprint:
+        raise CheckpointError(
+            f"The checkpoint was made on another base model: fingerprint {fingerprint} there, {applied.fingerprint} "
+            f"here ({type(module).__name__}). Load the base weights that it was trained on."
+        )
 
 
 def _some(names: list[str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft import checkpoint
-from lightning_peft.callback import PEFT, LifeCycleError, configure_ddp
+from lightning_peft.callback import PEFT, LifeCycleError
 
 
 class PEFTStrategyMixin:
@@ -72,9 +72,6 @@ class PEFTDDPStrategy(PEFTStrategyMixin, DDPStrategy):
     """`DDPStrategy` for adapters: frozen parameters are neither broadcast nor reduced; registered as "peft_ddp"."""
 
     strategy_name = "peft_ddp"
-
-    def configure_ddp(self) -> None:
-        configure_ddp(self, DDPStrategy)
 
 
 def register() -> None:

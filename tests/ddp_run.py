@@ -25,14 +25,27 @@ def main(directory: str, how: str, processes: int) -> None:
             module.net.bert.embeddings.word_embeddings.weight.add_(int(os.environ.get("LOCAL_RANK", 0)))
     lora = LoRA(rank=2)
     callbacks: list[pl.Callback] = [] if how == "strategy" else [lora]
+    watch = Watch()
+    callbacks.append(watch)
     callbacks.append(pl.callbacks.ModelCheckpoint(directory, filename="end", save_last=False))
     options = {"strategy": strategy(how, processes, lora), "devices": processes, "use_distributed_sampler": False}
     trainer = boring.trainer(directory, callbacks, **options)
     trainer.fit(module, Share(processes))
-    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+    ignored = watch.ignored
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    if hasattr(module, "_ddp_params_and_buffers_to_ignore"):
+        raise RuntimeError("left behind on the module")
     result = {"tensors": boring.tensors(module), "ignored": sorted(ignored), "frozen": sorted(frozen)}
     torch.save(result, Path(directory) / f"rank{trainer.global_rank}.pt")
+
+
+class Watch(pl.Callback):
+    """What DDP was told to leave alone, while it runs."""
+
+    ignored: list[str] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.ignored = list(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", []))
 
 
 class Share(pl.LightningDataModule):

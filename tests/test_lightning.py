@@ -23,6 +23,7 @@ from lightning_peft import (
     PEFTSingleDeviceStrategy,
     PrefixTuning,
     load_adapter,
+    load_checkpoint,
     save_adapter,
 )
 from lightning_peft.callback import LifeCycleError, check_strategy
@@ -258,6 +259,19 @@ def test_gradient_checkpointing_with_loreft_and_two_forwards(tmp_path: Path) -> 
     assert boring.largest_difference(*gradients) < 1e-7
 
 
+def test_a_checkpoint_loads_without_a_trainer(tmp_path: Path) -> None:
+    module = boring.Boring()
+    trainer = fit(tmp_path, module, LoRA(rank=2), BitFit())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    fresh = load_checkpoint(boring.Boring(), tmp_path / "a.ckpt")
+    assert boring.largest_difference(boring.tensors(module), boring.tensors(fresh)) == 0
+    with pytest.raises(CheckpointError, match="does not say which methods"):
+        load_checkpoint(boring.Boring(), tmp_path / "weights.ckpt")
+    fresh = load_checkpoint(boring.Boring(), tmp_path / "weights.ckpt", [LoRA(rank=2), BitFit()])
+    assert boring.largest_difference(boring.tensors(module), boring.tensors(fresh)) == 0
+
+
 # ------------------------------------------------------------------ what must not pass silently
 def test_another_rank_another_method_another_base(tmp_path: Path) -> None:
     trainer = fit(tmp_path, boring.Boring(), LoRA(rank=2))
@@ -375,6 +389,7 @@ def test_the_line_at_fit_start_says_what_trains(tmp_path: Path, capsys: Any, cap
         fit(tmp_path, boring.Boring(), LoRA(rank=2))
     said = caplog.text + capsys.readouterr().err
     assert "PEFT: lora at 4 sites | trainable 611 of 24,131" in said
+    assert "lora   lora    q 2, v 2       512     0     99" in said
 
 
 def test_fast_dev_run(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from names.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -258,6 +259,27 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "percent": 100.0 * count / max(total, 1),
         "bytes": sum(t.numel() * t.element_size() for t in saved(model).values()),
     }
+
+
+def table(model: nn.Module) -> str:
+    """One row a method: label, method, its places by role, the numbers of parameters in adapters, base and heads."""
+    rows = [("label", "method", "places", "adapters", "base", "heads")]
+    for label, applied in applied_to(model).items():
+        roles = Counter(p.role or "pattern" for p in applied.placements if any(True for _ in p.adapter.parameters()))
+        places = ", ".join(f"{role} {count}" for role, count in roles.items()) or "-"
+        adapters = {id(p): p.numel() for x in applied.placements for p in x.adapter.parameters()}
+        base, heads = (sum(_count(s) for s in applied.selected if s.head is head) for head in (False, True))
+        counts = (f"{n:,}" for n in (sum(adapters.values()), base, heads))
+        rows.append((label, applied.method.info.name, places, *counts))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+
+
+def _count(selected: Selected) -> int:
+    return int(selected.mask.sum()) if selected.mask is not None else selected.parameter.numel()
 
 
 def _selected_count(model: nn.Module, parameter: nn.Parameter) -> int:
