@@ -215,7 +215,9 @@ def _load_optimizer_state(strategy: Any, kind: Any, loaded: Any) -> None:
 
 
 def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> None:
-    """Under DDP: frozen parameters are the same on all ranks, which is checked, so they are never broadcast or reduced."""
+    """Under DDP: frozen parameters are the same on all ranks, which is checked, so they are never broadcast or
+    reduced.
+    """
     if not isinstance(strategy, DDPStrategy):
         return
     frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
@@ -285,7 +287,8 @@ def announce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     facts = state.describe(pl_module)
     rank_zero_info(
         f"{state.table(pl_module)}\n"
-        f"PEFT: {', '.join(state.applied_to(pl_module))} at {facts['sites']} sites | trainable {facts['trainable']:,} of "
+        f"PEFT: {', '.join(state.applied_to(pl_module))} at {facts['sites']} sites | trainable "
+        f"{facts['trainable']:,} of "
         f"{facts['total']:,} ({facts['percent']:.4f} %) | weights in a checkpoint {facts['bytes'] / 2**20:.2f} MiB"
     )
 

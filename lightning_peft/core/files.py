@@ -215,7 +215,8 @@ def fill(model: nn.Module, applied: Applied, tensors: dict[str, Tensor], directo
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or extra:
         raise AdapterFileError(
-            f"{directory} does not fit this {type(model).__name__}. Missing in the file ({len(missing)}): {missing[:4]}. "
+            f"{directory} does not fit this {type(model).__name__}. Missing in the file ({len(missing)}): "
+            f"{missing[:4]}. "
             f"Unknown to the model ({len(extra)}): {extra[:4]}. Use the model that the adapter was trained on."
         )
     for key, target in own.items():

@@ -18,11 +18,12 @@ class Draw:
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
     def _fill(self, tensor: Tensor, fill: Callable[[Tensor], object]) -> None:
+        if tensor.is_meta:
+            return  # `materialize` draws from a generator of the same seed, when there is memory
         drawn = torch.empty(tensor.shape, dtype=torch.float32)
         fill(drawn)
-        if not tensor.is_meta:
-            with torch.no_grad():
-                tensor.copy_(drawn)
+        with torch.no_grad():
+            tensor.copy_(drawn)
 
     def zeros(self, tensor: Tensor) -> None:
         self._fill(tensor, nn.init.zeros_)

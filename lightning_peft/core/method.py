@@ -26,6 +26,7 @@ from lightning_peft.core.state import Applied, Placement, Selected
 log = logging.getLogger("lightning_peft")
 
 Family = Literal["reparametrisation", "additive", "soft prompt", "representation", "selective", "hybrid", "baseline"]
+Scope = Literal["targets", "model", "nothing"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -75,8 +76,8 @@ class Method:
     info: ClassVar[Info]
 
     @property
-    def scope(self) -> Literal["targets", "model"]:
-        """Which parameters `select` is asked about: those of the target modules, or all."""
+    def scope(self) -> Scope:
+        """Which parameters `select` is asked about: those of the target modules, all, or none."""
         return "targets"
 
     @property
@@ -210,8 +211,8 @@ def _apply(method: Method, model: nn.Module, label: str, trainable: bool) -> nn.
             f"heads={method.heads!r}. Roles known here: {', '.join(sorted(roles(model))) or 'none'}."
         )
     try:
-        for key, _, plan in plans:
-            _attach_all(applied, key, plan, names)
+        for key, part, plan in plans:
+            _attach_all(applied, key, part, plan, names)
     except Exception:
         _detach_all(applied)
         raise
@@ -238,12 +239,17 @@ def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
     near = next((p for p in site.module.parameters()), None)
     if near is not None:
         dtype = near.dtype if near.is_floating_point() else torch.get_default_dtype()
-        adapter.to(near.device)
-        adapter.cast_(dtype if part.dtype == "base" else DTYPES[part.dtype])
+        dtype = dtype if part.dtype == "base" else DTYPES[part.dtype]
+        if any(t.device != near.device for t in (*adapter.parameters(), *adapter.buffers())):
+            adapter.to(near.device)
+        if any(p.dtype != dtype for p in adapter.parameters()):
+            adapter.cast_(dtype)
     adapter.reset(Draw(part.seed, f"{site.name}/{site.role}/{part.info.name}"))
 
 
-def _attach_all(applied: Applied, key: str, plan: list[tuple[Site, Adapter]], names: dict[int, str]) -> None:
+def _attach_all(
+    applied: Applied, key: str, part: Method, plan: list[tuple[Site, Adapter]], names: dict[int, str]
+) -> None:
     for site, adapter in plan:
         place = open_place(site)
         for module in adapter.modules():
@@ -254,7 +260,7 @@ def _attach_all(applied: Applied, key: str, plan: list[tuple[Site, Adapter]], na
         except Exception:
             close_place(place)
             raise
-        applied.placements.append(Placement(place, key, adapter, names[id(site.module)], site.role))
+        applied.placements.append(Placement(place, key, adapter, part, names[id(site.module)], site.role))
 
 
 def _detach_all(applied: Applied) -> None:
@@ -304,7 +310,7 @@ def _selections(method: Method, parts: tuple[Method, ...], model: nn.Module) -> 
                 (child, name, None, True) for name, p in child.named_parameters(recurse=False) if id(p) not in mine
             )
     for part in parts:
-        if type(part).select is not Method.select:
+        if type(part).select is not Method.select and part.scope != "nothing":
             yield from _part_selections(part, model, mine)
 
 
@@ -384,14 +390,14 @@ def freeze(model: nn.Module) -> None:
 # ------------------------------------------------------------------ operations on a label
 def remove(model: nn.Module, label: str | None = None) -> nn.Module:
     applied = state.get_applied(model, label)
-    if applied.cell.merged:
-        unmerge(model, applied)
-    lost = [s.attribute for s in applied.selected if s.original is None]
+    lost = [s.attribute for s in applied.selected if s.original is None or s.original.is_meta]
     if lost:
         raise LabelError(
             f"{applied.label!r} trained {len(lost)} parameters of the base in place without keeping the originals "
             "(keep_base=False), so the base cannot be restored. Load the base again, or `unload` to keep the result."
         )
+    if applied.cell.merged:
+        unmerge(model, applied)
     _detach_all(applied)
     with torch.no_grad():
         for selected in applied.selected:
@@ -440,16 +446,15 @@ class enabled(contextlib.AbstractContextManager[None]):  # noqa: N801
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """Draw the initial tensors again of adapters that were made on the meta device, after `to_empty` gave them
-    memory.
+    """For methods that were applied on the meta device: call it when `to_empty` gave memory and the weights are loaded.
+
+    Draws the adapters' initial tensors from their seeds and notes the originals of what trains in place.
     """
     for applied in state.applied_to(model).values():
-        parts = {part.info.name: part for part in applied.method.parts() or (applied.method,)}
         for placement in applied.placements:
-            part = (
-                next(iter(parts.values()))
-                if len(parts) == 1
-                else parts[placement.key.removeprefix(f"{applied.label}_")]
-            )
-            placement.adapter.reset(Draw(part.seed, f"{placement.site}/{placement.role}/{part.info.name}"))
+            name = f"{placement.site}/{placement.role}/{placement.part.info.name}"
+            placement.adapter.reset(Draw(placement.part.seed, name))
+        for selected in applied.selected:
+            if selected.original is not None and selected.original.is_meta:
+                selected.original = on_cpu(selected.parameter)
     return model

@@ -32,6 +32,7 @@ class Placement:
     place: nn.Module
     key: str
     adapter: Adapter
+    part: Method  # the method, or the part of it, that made the adapter
     site: str
     role: str | None = None
     original: tuple[Tensor, Tensor | None] | None = None
@@ -239,7 +240,7 @@ def fingerprint(tensors: list[tuple[str, Tensor]], samples: int = 16) -> str:
         if not tensor.is_meta and tensor.is_floating_point() and tensor.numel():
             flat = tensor.detach().flatten()
             picked = flat[:: max(1, flat.numel() // samples)][:samples]
-            sha.update(picked.to(torch.bfloat16).cpu().view(torch.uint8).numpy().tobytes())
+            sha.update(picked.to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:32]
 
 
@@ -273,7 +274,9 @@ def table(model: nn.Module) -> str:
         rows.append((label, applied.method.info.name, places, *counts))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     )
 

@@ -17,6 +17,7 @@ from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
 from lightning_peft.core.init import Draw
+from lightning_peft.core.method import Scope
 from lightning_peft.core.sites import Site, Sites
 from lightning_peft.core.targets import per_site
 
@@ -51,9 +52,11 @@ class LowRank(Adapter):
 
     def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
         y = base(x)
-        z = F.linear(F.dropout(x, self.dropout, self.training), self.a.to(x.dtype))
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        z = F.linear(x, self.a.to(x.dtype))
         z = F.linear(z, self.b.to(x.dtype), None if self.c is None else self.c.to(x.dtype))
-        return y + self.scale * z
+        return torch.add(y, z, alpha=self.scale)
 
     def delta(self, weight: Tensor) -> Tensor:  # (d_out, d_in)
         return self.scale * (self.b.to(weight) @ self.a.to(weight))
@@ -98,8 +101,8 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
             raise FieldError(f"LoRA(ranks={bad!r}): expected ranks above 0. To leave sites out, use exclude=...")
 
     @property
-    def scope(self) -> Literal["targets", "model"]:
-        return "model" if self.bias == "all" else "targets"
+    def scope(self) -> Scope:
+        return {"none": "nothing", "all": "model", "adapted": "targets"}[self.bias]  # type: ignore[return-value]
 
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
@@ -111,4 +114,4 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
             yield site, LowRank(*width, rank, self.scale(rank, alpha), self.dropout, self.lora_bias, self.init)
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:
-        return self.bias != "none" and name.rpartition(".")[2].endswith("bias")
+        return name.rpartition(".")[2].endswith("bias")
