@@ -88,6 +88,12 @@ class Adapter(nn.Module):
 class Adapters(nn.Module):
     """The adapters of one module by label, in the order in which they wrap it. Any label without a dot will do."""
 
+    def train(self, mode: bool = True) -> Adapters:
+        vars(self)["training"] = mode  # past nn.Module.__setattr__: an adapter may be called `training` too
+        for adapter in self._modules.values():
+            adapter.train(mode)  # type: ignore[union-attr]
+        return self
+
     def add(self, label: str, adapter: Adapter) -> None:
         self._modules[label] = adapter
 

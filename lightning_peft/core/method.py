@@ -277,7 +277,7 @@ def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) 
     near = {id(site.module): site.module for _, _, plan in plans for site, _ in plan}
     chosen = [s.module for s in selected if not s.head] if not near else list(near.values())
     for index, module in enumerate(chosen or [model]):
-        own = [(name, p) for name, p in module.named_parameters() if id(p) not in mine | heads]
+        own = [(name.rpartition(".")[2], p) for name, p in module.named_parameters() if id(p) not in mine | heads]
         yield from ((f"{index}.{name}", p) for name, p in own[: 4 if chosen else None])
 
 
