@@ -174,24 +174,33 @@ def in_projection(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 class TimmForward(Takeover):
-    """timm's `Attention.forward` (packed qkv, optional q and k norms) written out, with the place attend."""
+    """timm's `Attention.forward` (packed qkv, optional norms of q, k and output) written out, with the place attend."""
 
-    def rewritten(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    CHILDREN = frozenset({"qkv", "proj", "q_norm", "k_norm", "norm", "attn_drop", "proj_drop"})
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether this is that layer and not a relative of it (windowed, with position bias, scaled otherwise)."""
+        children = {name for name, child in module.named_children() if not isinstance(child, Host)}
+        if not {"qkv", "proj"} <= children <= cls.CHILDREN or next(module.parameters(recurse=False), None) is not None:
+            return False
+        width = module.qkv.out_features // 3 // getattr(module, "num_heads", 1)
+        return math.isclose(getattr(module, "scale", width**-0.5), width**-0.5)
+
+    def rewritten(self, x: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:  # (batch, time, d)
         module = self.module
         q, k, v = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (
-            norm(y) if norm is not None else y
-            for norm, y in ((_child(module, "q_norm"), q), (_child(module, "k_norm"), k))
-        )
-        dropout = module.attn_drop.p if module.training else 0.0
+        q, k = _through_child(module, "q_norm", q), _through_child(module, "k_norm", k)
+        drop = module._modules.get("attn_drop")
+        dropout = drop.p if drop is not None and module.training else 0.0
         out, _weights = self.through("attend", scaled_dot_product, q, k, v, attn_mask, dropout=dropout, is_causal=False)
-        out = out.flatten(2)
-        norm = _child(module, "norm")
-        return module.proj_drop(module.proj(out if norm is None else norm(out)))
+        out = module.proj(_through_child(module, "norm", out.flatten(2)))
+        return _through_child(module, "proj_drop", out)
 
 
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    return module._modules.get(name)
+def _through_child(module: nn.Module, name: str, x: Tensor) -> Tensor:
+    child = module._modules.get(name)
+    return x if child is None else child(x)
 
 
 # ------------------------------------------------------------------ opening and closing
@@ -205,14 +214,14 @@ def takeover_of(module: nn.Module) -> type[Takeover] | None:
                 "not defined. Exclude this module with exclude=..."
             )
         return MultiheadForward
-    if isinstance(getattr(module, "qkv", None), nn.Module) and isinstance(getattr(module, "proj", None), nn.Module):
+    if TimmForward.fits(module):
         return TimmForward
     if _interface(module) is not None and hasattr(module, "config"):
         return None
     raise UnsupportedSiteError(
         f"{type(module).__name__} computes attention in a way that cannot be opened. Known: transformers models "
         f"that use "
-        "the attention interface (not BLOOM, not DeBERTa), nn.MultiheadAttention, timm's Attention. Use another "
+        "the attention interface (not BLOOM, DeBERTa, GPT-J, GPT-Neo), nn.MultiheadAttention, timm's Attention. Use another "
         "method there."
     )
 

@@ -89,16 +89,22 @@ class VirtualTokens(Tokens):
     def stripped(self, out: Any) -> Any:
         """Take the tokens out of the hidden states; a pooler inside the model reads its token anew."""
         length = len(self.tokens)
-        pooler = self.owner._modules.get("pooler")
+        pooled = self.owner._modules.get("pooler") is not None
         if not isinstance(out, dict):  # a plain tuple: hidden states first, then the pooled one where there is a pooler
             hidden = out[0][:, length:]
-            return (hidden, *((pooler(hidden), *out[2:]) if pooler is not None else out[1:]))
+            return (hidden, *((self.pooled(hidden), *out[2:]) if pooled else out[1:]))
         out["last_hidden_state"] = out["last_hidden_state"][:, length:]
         if out.get("hidden_states") is not None:
             out["hidden_states"] = tuple(h[:, length:] for h in out["hidden_states"])
-        if pooler is not None and out.get("pooler_output") is not None:
-            out["pooler_output"] = pooler(out["last_hidden_state"])
+        if pooled and out.get("pooler_output") is not None:
+            out["pooler_output"] = self.pooled(out["last_hidden_state"])
         return out
+
+    def pooled(self, hidden: Tensor) -> Tensor:  # (batch, time, d) -> (batch, d)
+        pooler: Any = self.owner.pooler
+        if isinstance(pooler, nn.Linear):  # ALBERT takes the first token and the activation outside of it
+            return self.owner.pooler_activation(pooler(hidden[:, 0]))  # type: ignore[operator]
+        return pooler(hidden)
 
 
 class CrossMask(Adapter):

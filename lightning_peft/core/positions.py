@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.embedding import cached_length
 
-MASKS = ("attention_mask", "src_key_padding_mask")
+MASKS = {"attention_mask", "src_key_padding_mask"}
 
 
 class Positions(Adapter):
@@ -96,8 +96,9 @@ def ends(prompt: Tensor | None, hidden: Tensor, first: int, last: int) -> tuple[
 
 
 def mask_owner(ancestors: list[nn.Module]) -> nn.Module | None:
-    """The outermost module whose forward takes a padding mask."""
+    """The outermost module whose forward takes a padding mask, and no images or sounds, which have none."""
     for module in ancestors:
-        if set(MASKS) & set(inspect.signature(type(module).forward).parameters):
+        names = set(inspect.signature(type(module).forward).parameters)
+        if names & MASKS and not names & {"pixel_values", "input_features"}:
             return module
     return None

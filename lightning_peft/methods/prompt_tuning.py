@@ -80,8 +80,9 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
         pair = next((a for a in above if {"encoder", "decoder"} <= set(a.module._modules)), None)
         table: Tensor = site.module.weight  # type: ignore[assignment]
         tokens = self._tokens(table.shape[1], table.detach())
-        yield self._here(owner, site, VirtualTokens(owner.module, *tokens, strip=pair is None))
-        if pair is not None:
+        in_encoder = pair is not None and owner.module is pair.module.encoder
+        yield self._here(owner, site, VirtualTokens(owner.module, *tokens, strip=not in_encoder))
+        if pair is not None and in_encoder:
             decoder = f"{pair.name}.decoder".lstrip(".")
             yield Site(decoder, pair.module.decoder, "decoder"), CrossMask()  # type: ignore[arg-type]
 
