@@ -78,10 +78,11 @@ def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Metho
 def check_base(module: nn.Module, label: str, fingerprint: str | None) -> None:
     """Raise where the methods were trained on another base than this one."""
     applied = state.applied_to(module).get(label)
-    if applied is not None and fingerprint is not None and fingerprint != applied.fingerprint:
+    if applied is not None and fingerprint is not None and not state.same_base(fingerprint, applied.fingerprint):
         raise CheckpointError(
-            f"The checkpoint was made on another base model: fingerprint {fingerprint} there, {applied.fingerprint} "
-            f"here ({type(module).__name__}). Load the base weights that it was trained on."
+            f"The checkpoint was made on another base model: fingerprint {fingerprint[:24]}... there, "
+            f"{applied.fingerprint[:24]}... here ({type(module).__name__}). Load the base weights that it was "
+            f"trained on."
         )
 
 

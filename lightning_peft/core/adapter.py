@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
@@ -41,6 +40,8 @@ class Adapter(nn.Module):
     is the same change written as an update of the weight (d_out, d_in); only adapters for which that is exact have it.
     """
 
+    additive = False  # y = base(x) + something that does not look at base(x): merging in any order is exact
+    follows_dtype = False  # dtype="base": cast with the model
     cell: Cell
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class Adapter(nn.Module):
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            return moved if self.follows_dtype or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(keep, recurse)
 
@@ -137,7 +138,7 @@ class Route:
         self.inner: Callable[..., Any] | None = vars(module).get("forward")
 
     def base(self) -> Callable[..., Any]:
-        return self.inner or MethodType(type(self.module).forward, self.module)
+        return self.inner or functools.partial(type(self.module).forward, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return through(self.module, self.base(), *args, **kwargs)

@@ -221,7 +221,8 @@ def takeover_of(module: nn.Module) -> type[Takeover] | None:
     raise UnsupportedSiteError(
         f"{type(module).__name__} computes attention in a way that cannot be opened. Known: transformers models "
         f"that use "
-        "the attention interface (not BLOOM, DeBERTa, GPT-J, GPT-Neo), nn.MultiheadAttention, timm's Attention. Use another "
+        "the attention interface (not BLOOM, DeBERTa, GPT-J, GPT-Neo), nn.MultiheadAttention, timm's Attention. "
+        "Use another "
         "method there."
     )
 
@@ -249,6 +250,6 @@ def widen_mask(
     if mask is None:
         if not is_causal or time == 1:
             return None
-        mask = torch.ones(time, source, dtype=torch.bool, device=key.device).tril(source - time)[None, None]
+        mask = torch.ones(time, source, dtype=torch.bool, device=key.device).tril()[None, None]
     mask = mask[..., :source]
     return F.pad(mask, (extra, 0), value=True if mask.dtype == torch.bool else 0.0)

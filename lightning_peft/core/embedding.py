@@ -20,22 +20,22 @@ from lightning_peft.core.init import Draw
 
 
 class Tokens(Adapter):
-    """P (length, d): uniform in [-0.5, 0.5], normal N(0, 1), or rows of a table of token embeddings."""
+    """P (length, d): uniform in [-0.5, 0.5], normal N(0, 1), or `vocabulary` > 0: some of the first rows of a table."""
 
-    def __init__(self, length: int, width: int, init: str = "uniform", table: Tensor | None = None) -> None:
+    def __init__(self, length: int, width: int, init: str, table: nn.Module | None = None, vocabulary: int = 0) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(length, width))
-        self.init = init
-        vars(self)["table"] = table  # of the base, which holds it
+        self.init, self.vocabulary = init, vocabulary
+        vars(self)["table"] = table  # not registered: it is the base's own embedding
 
     def reset(self, draw: Draw) -> None:
         if self.init == "uniform":
             draw.uniform(self.tokens, bound=0.5)
-        elif self.init == "normal" or self.table is None:
+        elif self.init == "normal":
             draw.normal(self.tokens, std=1.0)
         elif not self.tokens.is_meta:
-            rows = draw.integers(len(self.table), len(self.tokens)).to(self.table.device)
-            self.tokens.data.copy_(self.table[rows])
+            rows: Tensor = self.table.weight[: self.vocabulary].detach()
+            self.tokens.data.copy_(rows[draw.integers(len(rows), len(self.tokens)).to(rows.device)])
 
 
 class VirtualTokens(Tokens):

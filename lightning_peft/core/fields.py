@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any, Literal, get_args, get_origin
@@ -75,14 +76,14 @@ def show(hint: Any) -> str:
 def positive(method: Any, *names: str) -> None:
     for name in names:
         value = getattr(method, name)
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise FieldError(f"{type(method).__name__}({name}={value!r}): expected a number above 0.")
 
 
 def not_negative(method: Any, *names: str) -> None:
     for name in names:
         value = getattr(method, name)
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise FieldError(f"{type(method).__name__}({name}={value!r}): expected 0 or more.")
 
 

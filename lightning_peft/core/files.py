@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import state
 from lightning_peft.core.adapter import check_label
-from lightning_peft.core.method import REGISTRY, Method, remove
+from lightning_peft.core.method import REGISTRY, Method, apply_as, check_free, remove
 from lightning_peft.core.state import Applied
 
 SCHEMA = 1
@@ -41,8 +42,14 @@ def save_adapter(model: nn.Module, directory: str | Path, label: str | None = No
     applied, directory = state.get_applied(model, label), Path(directory)
     if directory.exists() and not directory.is_dir():
         raise AdapterFileError(f"{directory} is a file; an adapter is a directory. Choose another path.")
-    if applied.cell.merged:
-        raise AdapterFileError(f"{applied.label!r} is merged into the base. Call unmerge first, then save.")
+    if directory.exists() and (
+        others := sorted(p.name for p in directory.iterdir() if p.name not in (WEIGHTS, CONFIG))
+    ):
+        raise AdapterFileError(
+            f"{directory} holds other files ({others[:3]}), which replacing it would lose. Choose another path."
+        )
+    if not applied.cell.on:
+        raise AdapterFileError(f"{applied.label!r} is merged or switched off. Unmerge it or switch it on, then save.")
     tensors = {key: tensor.detach().contiguous().cpu().clone() for key, tensor in collected(model, applied).items()}
     if bad := [
         key for key, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
@@ -54,10 +61,18 @@ def save_adapter(model: nn.Module, directory: str | Path, label: str | None = No
         save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(description(applied), indent=2, sort_keys=True) + "\n")
         verify(fresh, tensors)
+        fresh.chmod(0o777 & ~umask())  # mkdtemp makes it for its owner alone
         replace_directory(fresh, directory)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return directory
+
+
+def umask() -> int:
+    """The process's mask of permissions; reading it means setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def collected(model: nn.Module, applied: Applied) -> dict[str, Tensor]:
@@ -67,15 +82,19 @@ def collected(model: nn.Module, applied: Applied) -> dict[str, Tensor]:
     """
     names = {id(module): name for name, module in model.named_modules()}
     out: dict[str, Tensor] = {}
+    seen: set[object] = set()
     for placement in applied.placements:
         for name, tensor in placement.adapter.collapsed().items():
-            out[adapter_key(names, applied, placement, name)] = tensor
+            place = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else (id(placement), name)
+            if tensor.is_meta or place not in seen:
+                seen.add(place)
+                out[adapter_key(names, applied, placement, name)] = tensor
     for selected in applied.selected:
         out[base_key(names, selected.module, selected.attribute)] = selected.parameter
-    registry = state.registry_of(model)
-    for module, name, old in registry.buffers if registry else []:
-        if id(module) in names and state.digest(getattr(module, name)) != old:
-            out[base_key(names, module, name)] = getattr(module, name)
+    for registry in state.registries(model):
+        for module, name, _ in registry.changed_buffers():
+            if id(module) in names:
+                out[base_key(names, module, name)] = module._buffers[name]  # type: ignore[assignment]
     return out
 
 
@@ -157,7 +176,7 @@ def read_method(directory: str | Path, label: str | None = None) -> Method:
     import lightning_peft.methods  # noqa: F401  fills the registry
 
     config = read_config(directory)
-    if config["method"] not in REGISTRY:
+    if not isinstance(config["method"], str) or config["method"] not in REGISTRY:
         raise AdapterFileError(
             f"{directory} was made with the method {config['method']!r}; known: {', '.join(sorted(REGISTRY))}."
         )
@@ -181,15 +200,38 @@ def load_adapter(
     allows another base than the one trained on. On any error the model is as it was.
     """
     method = read_method(directory, label)
-    tensors = read_tensors(directory)
-    check_label(method.label or method.info.name)
-    method.apply(model, trainable=trainable)
+    tensors, label = read_tensors(directory), check_label(method.label or method.info.name)
+    check_free(model, method, label)
+    others = [a for a in state.all_applied(model) if a.cell.enabled]
+    apply_as(method, model, label, trainable, keep=True)
+    applied = state.get_applied(model, label)
     try:
-        fill(model, state.get_applied(model, method.label or method.info.name), tensors, Path(directory), check_base)
+        own, tensors = matched(model, applied, tensors, Path(directory), check_base)
+        check_one_owner(own, tensors, others, Path(directory))
     except Exception:
-        remove(model, method.label or method.info.name)
+        remove(model, label)
         raise
+    with torch.no_grad():
+        for key, target in own.items():
+            target.copy_(tensors[key])
+    if not method.keeps_original:
+        for selected in applied.selected:
+            selected.original = None if selected.mask is None else selected.original
     return method
+
+
+def check_one_owner(own: dict[str, Tensor], tensors: dict[str, Tensor], others: list[Applied], directory: Path) -> None:
+    """Raise where the file would change a parameter of the base that another method has trained."""
+    changed = {
+        id(target): key for key, target in own.items() if not torch.equal(target.cpu(), tensors[key].to(target.dtype))
+    }
+    for other in others:
+        if shared := [changed[id(s.parameter)] for s in other.selected if id(s.parameter) in changed]:
+            raise AdapterFileError(
+                f"{directory} holds other values for {len(shared)} parameters ({shared[:3]}) that {other.label!r} "
+                f"trained, "
+                f"most often a head. Switch {other.label!r} off first (enabled(model, False)), or remove it."
+            )
 
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:
@@ -208,7 +250,10 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(model: nn.Module, applied: Applied, tensors: dict[str, Tensor], directory: Path, check_base: bool) -> None:
+def matched(
+    model: nn.Module, applied: Applied, tensors: dict[str, Tensor], directory: Path, check_base: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Key -> tensor of the model, and key -> tensor of the file, which fit each other; an error where they do not."""
     wanted = collected(model, applied)
     tensors = aligned(model, tensors, set(wanted), directory)
     own = dict(destinations(model, applied, tensors))
@@ -225,14 +270,14 @@ def fill(model: nn.Module, applied: Applied, tensors: dict[str, Tensor], directo
                 f"{directory}: {key!r} is {tuple(tensors[key].shape)}, the model needs {tuple(target.shape)}."
             )
     saved = read_config(directory)["fingerprint"]
-    if check_base and saved != applied.fingerprint:
+    if check_base and not (isinstance(saved, str) and state.same_base(saved, applied.fingerprint)):
         raise AdapterFileError(
-            f"{directory} was trained on another base: fingerprint {saved}, this {type(model).__name__} has "
-            f"{applied.fingerprint}. Load the base it was trained on, or pass check_base=False if you know better."
+            f"{directory} was trained on another base: fingerprint {str(saved)[:24]}..., this "
+            f"{type(model).__name__} has "
+            f"{applied.fingerprint[:24]}... Load the base it was trained on, or pass check_base=False if you know "
+            f"better."
         )
-    with torch.no_grad():
-        for key, target in own.items():
-            target.copy_(tensors[key])
+    return own, tensors
 
 
 def destinations(model: nn.Module, applied: Applied, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -254,16 +299,29 @@ def aligned(model: nn.Module, tensors: dict[str, Tensor], wanted: set[str], dire
     """The file's keys as this model spells them: the same, or with one prefix more or less on every module."""
     if wanted <= set(tensors):
         return tensors
-    prefixes = [f"{name}." for name, _ in model.named_modules() if name and name.count(".") < 2]
-    heads = {key.split("/")[1].split(".")[0] + "." for key in tensors}
-    moves = [lambda n, p=p: p + n for p in prefixes] + [lambda n, h=h: n.removeprefix(h) for h in heads]
+    inner = [name for name, _ in model.named_modules() if name and name.count(".") < 2]
+    outer = {name_in(key).split(".")[0] for key in tensors} - {""}
+    moves = [partial(add_prefix, name) for name in inner] + [partial(drop_prefix, name) for name in sorted(outer)]
     for move in moves:
-        moved = {_moved(key, move): tensor for key, tensor in tensors.items()}
+        moved = {with_name(key, move(name_in(key))): tensor for key, tensor in tensors.items()}
         if wanted <= set(moved) and len(moved) == len(tensors):
             return moved
     return tensors
 
 
-def _moved(key: str, move: Any) -> str:
-    kind, name, *rest = key.split("/")
-    return "/".join([kind, move(name), *rest])
+def name_in(key: str) -> str:
+    """The module or parameter that a key of a file is about."""
+    return key.split("/")[1] if "/" in key else ""
+
+
+def with_name(key: str, name: str) -> str:
+    kind, _, *rest = key.split("/") if "/" in key else (key, "")
+    return "/".join([kind, name, *rest]) if "/" in key else key
+
+
+def add_prefix(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if name else prefix
+
+
+def drop_prefix(prefix: str, name: str) -> str:
+    return "" if name == prefix else name.removeprefix(f"{prefix}.")

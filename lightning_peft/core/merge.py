@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import projection
 from lightning_peft.core.adapter import NotMergeableError
-from lightning_peft.core.state import Applied, Placement, applied_to
+from lightning_peft.core.state import Applied, Placement, all_applied
 
 log = logging.getLogger("lightning_peft")
 
@@ -38,20 +38,17 @@ def merge(model: nn.Module, applied: Applied) -> MergeReport:
     errors = [0.0]
     for stack, weight, bias in folded:
         place = stack[0].place
-        stack[0].original = projection.snapshot(place)
-        stored = projection.views(place)[0].dtype
+        exact, old_bias = projection.snapshot(place)
+        stack[0].original = exact, None if bias is None else old_bias  # a bias that stays is not ours to put back
         projection.write(place, weight, bias)
-        errors.append(_rounding(place, weight) if stored != weight.dtype else 0.0)
+        errors.append(_rounding(place, weight) if exact.dtype != weight.dtype else 0.0)
     applied.cell.set(merged=True)
-    applied.turn = 1 + max((a.turn for a in applied_to(model).values()), default=0)
-    dtypes = tuple(sorted({str(projection.views(p.place)[0].dtype).removeprefix("torch.") for p in applied.placements}))
+    applied.turn = 1 + max((a.turn for a in all_applied(model)), default=0)
+    dtypes = tuple(sorted({str(stack[0].original[0].dtype).removeprefix("torch.") for stack, *_ in folded}))  # type: ignore[index]
     report = MergeReport(applied.label, len(folded), dtypes, max(errors))
     if report.rounding:
         log.info(
-            "merged %r into %s: output changed by %.2e (relative) through rounding",
-            report.label,
-            dtypes,
-            report.rounding,
+            "merged %r into %s: output changed by %.2e (relative) by rounding", report.label, dtypes, report.rounding
         )
     return report
 
@@ -64,13 +61,15 @@ def _by_place(applied: Applied) -> list[list[Placement]]:
 
 
 def _fold(stack: list[Placement]) -> tuple[Tensor, Tensor | None]:
-    weight, bias = projection.read(stack[0].place)
+    """The folded weight, and the folded bias where it changes."""
+    weight, old_bias = projection.read(stack[0].place)
+    bias = old_bias
     with torch.no_grad():
         for placement in stack:
             weight, bias = placement.adapter.fold(weight, bias)
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
         raise MergeError(f"Folding {stack[0].site!r} gives values that are not finite; nothing was merged.")
-    return weight, bias
+    return weight, None if bias is None or (old_bias is not None and torch.equal(bias, old_bias)) else bias
 
 
 def _check(model: nn.Module, applied: Applied) -> None:
@@ -85,23 +84,43 @@ def _check(model: nn.Module, applied: Applied) -> None:
             "switches it off, remove takes it away). `lightning-peft methods` lists what can be merged."
         )
     _check_tied(model, applied)
+    _check_inner(applied)
+
+
+def _check_inner(applied: Applied) -> None:
+    """Folding goes from the inside out, unless both changes are plain additions."""
+    for placement in applied.placements:
+        for inner in placement.place.adapters._modules.values():  # type: ignore[union-attr]
+            if inner is placement.adapter:
+                break
+            if inner.cell.on and inner.cell is not applied.cell and not (inner.additive and placement.adapter.additive):
+                raise MergeError(
+                    f"Another adapter at {placement.site!r} lies inside of {applied.label!r} and is not merged; "
+                    f"the result "
+                    "would not be the same. Merge the methods in the order in which they were applied."
+                )
 
 
 def _check_tied(model: nn.Module, applied: Applied) -> None:
-    owners: dict[int, set[str]] = {}
+    owners: dict[object, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(name)
+                owners.setdefault(storage(parameter), set()).add(name)
     for placement in applied.placements:
         for parameter in projection.parameters_of(placement.place):
-            names = owners.get(id(parameter), set())
+            names = owners.get(storage(parameter), set())
             if len(names) > 1:
                 raise MergeError(
                     f"The weight at {placement.site!r} is tied ({', '.join(sorted(names))}): merging would change "
                     f"them all. "
                     "Untie it first (a copy as its own nn.Parameter), or leave the adapter attached."
                 )
+
+
+def storage(tensor: Tensor) -> object:
+    """What two tensors share when writing to one changes the other from its first element on."""
+    return id(tensor) if tensor.is_meta or not tensor.numel() else (tensor.device, tensor.data_ptr())
 
 
 def _rounding(place: nn.Module, exact: Tensor) -> float:
@@ -113,12 +132,32 @@ def _rounding(place: nn.Module, exact: Tensor) -> float:
 def unmerge(model: nn.Module, applied: Applied) -> None:
     if not applied.cell.merged:
         raise MergeError(f"{applied.label!r} is not merged, so there is nothing to undo.")
-    places = {id(p.place) for p in applied.placements}
-    for other in applied_to(model).values():
-        if other.cell.merged and other.turn > applied.turn and places & {id(p.place) for p in other.placements}:
+    if applied.sealed_by:
+        raise MergeError(
+            f"{applied.sealed_by!r} was unloaded into the weights that {applied.label!r} is merged into, for good. "
+            f"Unload "
+            f"{applied.label!r} too, or load the base again."
+        )
+    for other in all_applied(model):
+        if other.cell.merged and other.turn > applied.turn and overlap(applied, other):
             raise MergeError(f"{other.label!r} was merged into the same weights later; unmerge {other.label!r} first.")
     for placement in applied.placements:
         if placement.original is not None:
             projection.write(placement.place, *placement.original)
             placement.original = None
     applied.cell.set(merged=False)
+
+
+def overlap(one: Applied, other: Applied) -> bool:
+    """Whether the two change entries of a weight in common; slices of it side by side do not."""
+    regions = [{projection.region(p.place) for p in applied.placements} for applied in (one, other)]
+    wholes = [{owner for owner, part in region if part is None} for region in regions]
+    owners = [{owner for owner, _ in region} for region in regions]
+    return bool(regions[0] & regions[1] or wholes[0] & owners[1] or owners[0] & wholes[1])
+
+
+def seal(model: nn.Module, applied: Applied) -> None:
+    """The merge of `applied` becomes permanent: what was merged below it cannot be undone any more."""
+    for other in all_applied(model):
+        if other is not applied and other.cell.merged and overlap(applied, other):
+            other.sealed_by = applied.label

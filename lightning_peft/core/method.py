@@ -16,12 +16,12 @@ from typing_extensions import dataclass_transform
 
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter, LabelError, attach, check_label, detach
-from lightning_peft.core.fields import check_fields, unknown_field
+from lightning_peft.core.fields import FieldError, check_fields, unknown_field
 from lightning_peft.core.init import Draw
-from lightning_peft.core.merge import merge, unmerge
+from lightning_peft.core.merge import MergeError, merge, seal, unmerge
 from lightning_peft.core.projection import close_place, open_place
-from lightning_peft.core.sites import Site, Sites, find, roles, sites
-from lightning_peft.core.state import Applied, Placement, Selected
+from lightning_peft.core.sites import Site, Sites, TargetError, find, roles, sites
+from lightning_peft.core.state import Applied, Placement, Selected, on_cpu
 
 log = logging.getLogger("lightning_peft")
 
@@ -74,6 +74,7 @@ class Method:
     dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = "float32"
 
     info: ClassVar[Info]
+    unused: ClassVar[tuple[str, ...]] = ()  # common fields that mean nothing to the method
 
     @property
     def scope(self) -> Scope:
@@ -117,6 +118,8 @@ class Method:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if given := [name for name in self.unused if getattr(self, name)]:
+            raise FieldError(f"{type(self).__name__} does not use {', '.join(given)}; leave it out.")
         self.check()
 
     # -------------------------------------------------------------- hooks that a method defines
@@ -158,14 +161,8 @@ class Method:
     def apply(self, model: nn.Module, *, trainable: bool = True) -> nn.Module:
         """Inject into `model` in place, freeze everything else, and return it. On an error the model is as before."""
         label = check_label(self.label or self.info.name)
-        if label in state.applied_to(model):
-            raise LabelError(
-                f"label={label!r} is taken on this {type(model).__name__} by "
-                f"{state.applied_to(model)[label].method.info.name}; "
-                f"known: {list(state.applied_to(model))}. Give this one a label of its own: "
-                f"{type(self).__name__}(label=...)."
-            )
-        return _apply(self, model, label, trainable)
+        check_free(model, self, label)
+        return apply_as(self, model, label, trainable)
 
     def merge(self, model: nn.Module, label: str | None = None) -> Any:
         """Fold the adapters into the base weights; exact to one rounding, undone bit for bit by `unmerge`."""
@@ -195,37 +192,51 @@ def default(f: dataclasses.Field[Any]) -> Any:
 
 
 # ------------------------------------------------------------------ applying
-def _apply(method: Method, model: nn.Module, label: str, trainable: bool) -> nn.Module:
+def check_free(model: nn.Module, method: Method, label: str) -> None:
+    known = state.applied_to(model)
+    if label in known:
+        raise LabelError(
+            f"label={label!r} is taken on this {type(model).__name__} by {known[label].method.info.name}; known: "
+            f"{list(known)}. Give this one a label of its own: {type(method).__name__}(label=...)."
+        )
+
+
+def apply_as(method: Method, model: nn.Module, label: str, trainable: bool, keep: bool | None = None) -> nn.Module:
+    """`Method.apply` after its checks. keep: note the originals of what trains in place, whatever the method says."""
     parts = method.parts() or (method,)
-    plans = [
-        (f"{label}_{part.info.name}" if len(parts) > 1 else label, part, list(_plan(part, model))) for part in parts
-    ]
-    names = {id(module): name for name, module in model.named_modules()}
-    selected = _select_all(method, parts, model)
-    mark = state.fingerprint(list(_base_tensors(plans, selected, model)))
-    applied = Applied(method, label, state.Cell(), [], selected, trainable, mark)
+    several = len(parts) > 1
+    plans = [(f"{label}_{part.info.name}" if several else label, part, list(_plan(part, model))) for part in parts]
+    selected = _select_all(parts, model, method.heads, method.keeps_original if keep is None else keep)
     if not selected and not any(plan for _, _, plan in plans):
         raise NothingToTrainError(
             f"{type(method).__name__} finds nothing to train in this {type(model).__name__}: "
-            f"targets={method.targets!r}, "
-            f"heads={method.heads!r}. Roles known here: {', '.join(sorted(roles(model))) or 'none'}."
+            f"targets={method.targets!r}, heads={method.heads!r}. Roles known here: "
+            f"{', '.join(sorted(roles(model))) or 'none'}."
         )
+    mark = state.fingerprint(list(_base_tensors(plans, selected, model)))
+    applied = Applied(method, label, state.Cell(), [], selected, trainable, mark)
+    registry = state.open_registry(model)
+    registry.record(model)
     try:
-        for key, part, plan in plans:
-            _attach_all(applied, key, part, plan, names)
+        _attach_all(applied, plans, {id(module): name for name, module in model.named_modules()})
     except Exception:
         _detach_all(applied)
         raise
-    registry = state.open_registry(model)
-    registry.record(model)
     registry.applied[label] = applied
+    registry.mark()
     registry.leave_fused_paths(model)
     freeze(model)
     return model
 
 
 def _plan(part: Method, model: nn.Module) -> Iterator[tuple[Site, Adapter]]:
-    if part.places is None or (type(part).adapter is Method.adapter and type(part).adapters is Method.adapters):
+    if type(part).adapter is Method.adapter and type(part).adapters is Method.adapters:
+        return
+    if part.places is None:
+        if type(part).places is Method.places:
+            raise TargetError(
+                f"{type(part).__name__}(targets=None) has no place to act. Name roles or modules, such as 'q,v'."
+            )
         return
     found = sites(model, part.places, layers=part.layers, exclude=part.exclude, roles=part.roles)
     log.debug("%s: %s", part.info.name, found.report)
@@ -244,23 +255,25 @@ def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
             adapter.to(near.device)
         if any(p.dtype != dtype for p in adapter.parameters()):
             adapter.cast_(dtype)
+        for module in adapter.modules():
+            if isinstance(module, Adapter):
+                module.follows_dtype = part.dtype == "base"
     adapter.reset(Draw(part.seed, f"{site.name}/{site.role}/{part.info.name}"))
 
 
-def _attach_all(
-    applied: Applied, key: str, part: Method, plan: list[tuple[Site, Adapter]], names: dict[int, str]
-) -> None:
-    for site, adapter in plan:
-        place = open_place(site)
-        for module in adapter.modules():
-            if isinstance(module, Adapter):
-                module.cell = applied.cell
-        try:
-            attach(place, key, adapter)
-        except Exception:
-            close_place(place)
-            raise
-        applied.placements.append(Placement(place, key, adapter, part, names[id(site.module)], site.role))
+def _attach_all(applied: Applied, plans: list[Any], names: dict[int, str]) -> None:
+    for key, part, plan in plans:
+        for site, adapter in plan:
+            place = open_place(site)
+            for module in adapter.modules():
+                if isinstance(module, Adapter):
+                    module.cell = applied.cell
+            try:
+                attach(place, key, adapter)
+            except Exception:
+                close_place(place)
+                raise
+            applied.placements.append(Placement(place, key, adapter, part, names[id(site.module)], site.role))
 
 
 def _detach_all(applied: Applied) -> None:
@@ -272,7 +285,7 @@ def _detach_all(applied: Applied) -> None:
 
 def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What identifies the base: the parameters next to the adapters, else those that are selected, else all."""
-    mine = {id(p) for a in state.applied_to(model).values() for x in a.placements for p in x.adapter.parameters()}
+    mine = {id(p) for a in state.all_applied(model) for x in a.placements for p in x.adapter.parameters()}
     heads = {id(s.parameter) for s in selected if s.head}
     near = {id(site.module): site.module for _, _, plan in plans for site, _ in plan}
     chosen = [s.module for s in selected if not s.head] if not near else list(near.values())
@@ -281,34 +294,30 @@ def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) 
         yield from ((f"{index}.{name}", p) for name, p in own[: 4 if chosen else None])
 
 
-def _select_all(method: Method, parts: tuple[Method, ...], model: nn.Module) -> list[Selected]:
+def _select_all(parts: tuple[Method, ...], model: nn.Module, heads: Any, keep: bool) -> list[Selected]:
     chosen: dict[tuple[int, str], Selected] = {}
-    originals = {(id(s.module), s.attribute): s.original for a in state.applied_to(model).values() for s in a.selected}
-    for module, attribute, mask, head in _selections(method, parts, model):
+    originals = {s.key: s.original for a in state.all_applied(model) for s in a.selected}
+    for module, attribute, mask, head in _selections(parts, model, heads):
         key = (id(module), attribute)
         if (known := chosen.get(key)) is not None:
             known.mask = None if mask is None or known.mask is None else known.mask | mask
             continue
-        keep = method.keeps_original or mask is not None
-        original = on_cpu(getattr(module, attribute)) if keep and key not in originals else originals.get(key)
+        fresh = (keep or mask is not None) and key not in originals
+        original = on_cpu(getattr(module, attribute)) if fresh else originals.get(key)
         chosen[key] = Selected(module, attribute, mask, original, head)
     return list(chosen.values())
-
-
-def on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone() if tensor.is_meta else tensor.detach().cpu().clone()
 
 
 Selection = tuple[nn.Module, str, "Tensor | None", bool]  # module, attribute, mask, whether it is of a head
 
 
-def _selections(method: Method, parts: tuple[Method, ...], model: nn.Module) -> Iterator[Selection]:
-    mine = {id(p) for a in state.applied_to(model).values() for x in a.placements for p in x.adapter.parameters()}
-    for module in head_modules(model, method.heads).values():
-        for child in module.modules():
-            yield from (
-                (child, name, None, True) for name, p in child.named_parameters(recurse=False) if id(p) not in mine
-            )
+def _selections(parts: tuple[Method, ...], model: nn.Module, heads: Any) -> Iterator[Selection]:
+    mine = {id(p) for a in state.all_applied(model) for x in a.placements for p in x.adapter.parameters()}
+    chosen = head_modules(model, heads)
+    check_tied_heads(model, chosen)
+    for module in chosen.values():
+        for child in state.base_modules(module):
+            yield from ((child, name, None, True) for name, _ in child.named_parameters(recurse=False))
     for part in parts:
         if type(part).select is not Method.select and part.scope != "nothing":
             yield from _part_selections(part, model, mine)
@@ -316,25 +325,54 @@ def _selections(method: Method, parts: tuple[Method, ...], model: nn.Module) -> 
 
 def _part_selections(part: Method, model: nn.Module, mine: set[int]) -> Iterator[Selection]:
     seen: dict[int, tuple[nn.Module, str]] = {}
+    excluded = _excluded(part, model)
     for prefix, module, site in _select_scope(part, model):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in mine or seen.setdefault(id(parameter), (module, name)) != (module, name):
                 continue  # an adapter's own, or tied to one that was asked about already
             answer = part.select(f"{prefix}.{name}" if prefix else name, parameter)
             if isinstance(answer, Tensor):
-                yield module, name, check_mask(answer, parameter, name), False
-            elif answer and (site is None or owns(site, module, name)):
-                yield module, name, None if site is None else rows_of(site, parameter), False
+                answer = check_mask(answer, parameter, name)
+            elif answer and site is not None:
+                answer = rows_of(site, parameter) if owns(site, module, name) else False
+            mask = without(answer, excluded.get((id(module), name)), parameter)
+            if mask is not False:
+                yield module, name, None if mask is True else mask, False
 
 
 def _select_scope(part: Method, model: nn.Module) -> Iterator[tuple[str, nn.Module, Site | None]]:
     """Modules whose parameters a selective method is asked about: those of its target sites, else the whole model's."""
-    if part.targets is None or part.scope == "model":
+    if part.targets is not None and part.scope != "model":
+        for site in sites(model, part.targets, layers=part.layers, exclude=part.exclude, roles=part.roles):
+            yield from ((name, module, site) for name, module in site.module.named_modules(prefix=site.name))
+    elif part.layers is not None:
+        for site in sites(model, "block", layers=part.layers, roles=part.roles):
+            yield from ((name, module, None) for name, module in site.module.named_modules(prefix=site.name))
+    else:
         yield from ((name, m, None) for name, m in model.named_modules() if not isinstance(m, Adapter))
-        return
-    for site in sites(model, part.targets, layers=part.layers, exclude=part.exclude, roles=part.roles):
-        for name, module in site.module.named_modules(prefix=site.name):
-            yield name, module, site
+
+
+def _excluded(part: Method, model: nn.Module) -> dict[tuple[int, str], bool | Tensor]:
+    """What `exclude` takes from a selection of the whole model: all of a parameter, or the rows of a slice."""
+    out: dict[tuple[int, str], bool | Tensor] = {}
+    if part.exclude is None or (part.targets is not None and part.scope != "model"):
+        return out
+    for site in sites(model, part.exclude, roles=part.roles):
+        for module in state.base_modules(site.module):
+            for name, parameter in module.named_parameters(recurse=False):
+                if owns(site, module, name):
+                    before, rows = out.get((id(module), name)), rows_of(site, parameter)
+                    out[id(module), name] = before | rows if isinstance(before, Tensor) and rows is not True else rows
+    return out
+
+
+def without(answer: bool | Tensor, excluded: bool | Tensor | None, parameter: Tensor) -> bool | Tensor:
+    """The answer of `select` less what is excluded."""
+    if excluded is None or excluded is False or answer is False:
+        return answer
+    if excluded is True:
+        return False
+    return ~excluded if answer is True else answer & ~excluded
 
 
 def owns(site: Site, module: nn.Module, name: str) -> bool:
@@ -344,10 +382,10 @@ def owns(site: Site, module: nn.Module, name: str) -> bool:
     return site.part != "o" or module is not site.module
 
 
-def rows_of(site: Site, parameter: Tensor) -> Tensor | None:
-    """A mask of the entries that the site owns in a packed parameter; None where it owns them all."""
+def rows_of(site: Site, parameter: Tensor) -> Tensor | Literal[True]:
+    """A mask of the entries that the site owns in a packed parameter; True where it owns them all."""
     if site.columns is None and site.part not in ("q", "k", "v"):
-        return None
+        return True
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     if site.columns is not None:
         dim = parameter.dim() - 1 if type(site.module).__name__ == "Conv1D" else 0
@@ -379,9 +417,24 @@ def head_modules(model: nn.Module, heads: str | list[str] | None) -> dict[str, n
     return find(model, heads)
 
 
+def check_tied_heads(model: nn.Module, heads: dict[str, nn.Module]) -> None:
+    """Raise where training a head in place would train something else too."""
+    inside = {id(m) for head in heads.values() for m in head.modules()}
+    outside = {id(p) for m in state.base_modules(model) if id(m) not in inside for p in m._parameters.values()}
+    for name, head in heads.items():
+        if any(id(p) in outside for p in head.parameters()):
+            raise TargetError(
+                f"The head {name!r} is tied to another module (its embeddings, most often), which would train "
+                f"along. Untie "
+                f"it first (a copy as its own nn.Parameter), or put an adapter on it: targets='...,{name}'."
+            )
+
+
 def freeze(model: nn.Module) -> None:
     """Everything off, then what the methods on this model train on; the trainable set is derived, never accumulated."""
     wanted = {id(p) for p in state.trainable(model).values()}
+    for registry in state.registries(model):
+        registry.held.clear()
     for parameter in model.parameters():
         if parameter.requires_grad != (id(parameter) in wanted):
             parameter.requires_grad_(id(parameter) in wanted)
@@ -398,51 +451,86 @@ def remove(model: nn.Module, label: str | None = None) -> nn.Module:
         )
     if applied.cell.merged:
         unmerge(model, applied)
-    _detach_all(applied)
-    with torch.no_grad():
-        for selected in applied.selected:
-            if not _still_selected(model, applied, selected):
-                selected.parameter.copy_(selected.original)  # type: ignore[arg-type]
+    put_back(model, applied)
     _forget(model, applied)
     return model
 
 
-def _still_selected(model: nn.Module, applied: Applied, selected: Selected) -> bool:
-    others = (s for a in state.applied_to(model).values() if a is not applied for s in a.selected)
-    return any(s.module is selected.module and s.attribute == selected.attribute for s in others)
+@torch.no_grad()
+def put_back(model: nn.Module, applied: Applied) -> None:
+    """Write the originals of what a method trains in place, except where another method that is on trains it too."""
+    others = [s for a in state.all_applied(model) if a is not applied and a.cell.enabled for s in a.selected]
+    for selected in applied.selected:
+        masks = [s.mask for s in others if s.key == selected.key]
+        if None in [mask if mask is None else 0 for mask in masks]:
+            continue
+        mine = torch.ones(selected.parameter.shape, dtype=torch.bool) if selected.mask is None else selected.mask.cpu()
+        for mask in masks:
+            mine = mine & ~mask.cpu()  # type: ignore[union-attr]
+        p, original = selected.parameter, selected.original
+        p.copy_(torch.where(mine.to(p.device), original.to(p), p))  # type: ignore[union-attr]
 
 
-def _forget(model: nn.Module, applied: Applied) -> None:
-    registry = state.registry_of(model)
-    if registry is None:
-        return
+def _forget(model: nn.Module, applied: Applied, buffers: bool = True) -> None:
+    """Adapters off, and no trace of the method; the last one leaves the model (with `buffers`, these too) as found."""
+    registry = state.registry_with(model, applied)
+    before = list(registry.touched().values())
+    _detach_all(applied)
     del registry.applied[applied.label]
-    if registry.applied:
+    registry.mark(before)
+    if not registry.applied:
+        registry.restore(buffers)
+    if state.all_applied(model):
         freeze(model)
-    else:
-        registry.restore()
-        state.close_registry(model)
 
 
 def unload(model: nn.Module, label: str | None = None) -> nn.Module:
     applied = state.get_applied(model, label)
     if not applied.cell.merged:
         merge(model, applied)
-    _detach_all(applied)
-    _forget(model, applied)
+    seal(model, applied)
+    _forget(model, applied, buffers=False)
     return model
 
 
 class enabled(contextlib.AbstractContextManager[None]):  # noqa: N801
-    """Switch a label now; leaving the `with` block, if there is one, switches it back."""
+    """Switch a label now; leaving the `with` block, if there is one, switches it back.
+
+    Adapters are one flag. What trains in place is swapped with its originals, and back.
+    """
 
     def __init__(self, model: nn.Module, label: str | None = None, on: bool = True) -> None:
-        self.cell = state.get_applied(model, label).cell
-        self.before = self.cell.enabled
-        self.cell.set(enabled=on)
+        self.model, self.applied = model, state.get_applied(model, label)
+        if self.applied.cell.merged and on != self.applied.cell.enabled:
+            raise MergeError(
+                f"{self.applied.label!r} is merged into the weights, where no switch reaches it. Unmerge it first."
+            )
+        self.before = self.applied.cell.enabled
+        switch(model, self.applied, on)
 
     def __exit__(self, *_: object) -> None:
-        self.cell.set(enabled=self.before)
+        switch(self.model, self.applied, self.before)
+
+
+@torch.no_grad()
+def switch(model: nn.Module, applied: Applied, on: bool) -> None:
+    if on == applied.cell.enabled:
+        return
+    if any(s.original is None for s in applied.selected):
+        raise LabelError(
+            f"{applied.label!r} trains in place and kept no originals (keep_base=False), so it cannot be switched."
+        )
+    applied.cell.set(enabled=on)
+    if not on:
+        for selected in applied.selected:
+            selected.trained = on_cpu(selected.parameter)
+        put_back(model, applied)
+        return
+    for selected in applied.selected:
+        p, mask = selected.parameter, selected.mask
+        trained = selected.trained.to(p)  # type: ignore[union-attr]
+        p.copy_(trained if mask is None else torch.where(mask.to(p.device), trained, p))
+        selected.trained = None
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -450,7 +538,7 @@ def materialize(model: nn.Module) -> nn.Module:
 
     Draws the adapters' initial tensors from their seeds and notes the originals of what trains in place.
     """
-    for applied in state.applied_to(model).values():
+    for applied in state.all_applied(model):
         for placement in applied.placements:
             name = f"{placement.site}/{placement.role}/{placement.part.info.name}"
             placement.adapter.reset(Draw(placement.part.seed, name))

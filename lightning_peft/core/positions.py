@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.embedding import cached_length
 
+Masks = tuple[Tensor, Tensor]
 MASKS = {"attention_mask", "src_key_padding_mask"}
 
 
@@ -25,24 +25,27 @@ class Positions(Adapter):
     ignored); without such labels every real token does. While a cache is being extended nothing is edited.
     """
 
-    def __init__(self, owner: nn.Module) -> None:
+    def __init__(self, owner: nn.Module, answers: bool) -> None:
         super().__init__()
+        self.answers = answers  # a causal model: labels tell where the prompt ends
+        self.recording = False
         self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
         self.running = False
         self.prompt: Tensor | None = None  # (batch, time), True for the tokens of the prompt; None: all of them
         self.generating = False
-        self.remembered = WeakTensorKeyDictionary()
+        self.remembered: dict[tuple[int, tuple[int, ...]], Masks | None] = {}
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
         self.generating = cached_length(call.get("past_key_values")) > 0
-        self.prompt, self.running = prompt_mask(call), True
+        self.prompt, self.running = prompt_mask(call, self.answers), True
+        self.recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         try:
             return base(*args, **kwargs)
         finally:
             self.running = False
 
-    def mask(self, given: Tensor, first: int, last: int) -> tuple[Tensor, Tensor] | None:
+    def mask(self, given: Tensor, first: int, last: int) -> Masks | None:
         """(batch, time) masks of the first `first` and the last `last` prompt tokens; None where nothing is edited.
 
         given: the block's input (batch, time, d). Activation checkpointing runs a block again when the model is done;
@@ -50,32 +53,34 @@ class Positions(Adapter):
         """
         if self.running:
             masks = None if self.generating else ends(self.prompt, given, first, last)
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                self.remembered[given] = masks
+            if self.recording:
+                self.remember(given, masks)
             return masks
-        return self._recall(given, first, last)
+        return self.recall(given, first, last)
 
-    def _recall(self, given: Tensor, first: int, last: int) -> tuple[Tensor, Tensor] | None:
-        for known, masks in self.remembered.items():
-            if known is given or (known.data_ptr() == given.data_ptr() and known.shape == given.shape):
-                return masks
+    def remember(self, given: Tensor, masks: Masks | None) -> None:
+        """By where the tensor lies: what it is called changes between the two runs, and so may the tensor object."""
+        self.remembered[given.data_ptr(), tuple(given.shape)] = masks
+        while len(self.remembered) > 4096:
+            self.remembered.pop(next(iter(self.remembered)))
+
+    def recall(self, given: Tensor, first: int, last: int) -> Masks | None:
+        key = given.data_ptr(), tuple(given.shape)
+        if torch.is_grad_enabled() and key in self.remembered:
+            return self.remembered[key]
         return ends(None, given, first, last)  # the block is called by itself: all tokens are real
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "remembered": None, "prompt": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.remembered = WeakTensorKeyDictionary()
+        return {**self.__dict__, "remembered": {}, "prompt": None}
 
 
-def prompt_mask(call: dict[str, Any]) -> Tensor | None:
+def prompt_mask(call: dict[str, Any], answers: bool) -> Tensor | None:
     """(batch, time), True where a token is real and before the first label; None without mask and labels."""
     mask, labels = call.get("attention_mask"), call.get("labels")
     if mask is None and (hidden := call.get("src_key_padding_mask")) is not None:
         mask = ~hidden if hidden.dtype == torch.bool else hidden == 0
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    if isinstance(labels, Tensor) and labels.dim() == 2 and not call.get("decoder_input_ids") is not None:
+    if answers and isinstance(labels, Tensor) and labels.dim() == 2:
         before = (labels != -100).cumsum(1) == 0
         before = before | ~(labels != -100).any(1, keepdim=True)
         if mask is None or mask.shape == before.shape:
@@ -83,7 +88,7 @@ def prompt_mask(call: dict[str, Any]) -> Tensor | None:
     return mask
 
 
-def ends(prompt: Tensor | None, hidden: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+def ends(prompt: Tensor | None, hidden: Tensor, first: int, last: int) -> Masks:
     """First min(first, n // 2) and last min(last, n // 2) of the n prompt tokens of each row; both (batch, time)."""
     time = hidden.shape[1]
     if prompt is None:

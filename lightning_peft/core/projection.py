@@ -71,9 +71,9 @@ def open_place(site: Site) -> nn.Module:
 
 def _add_host(site: Site, name: str) -> Host:
     module = site.module
-    if hasattr(module, name) and name == "attend":
+    if hasattr(module, name):
         raise LabelError(
-            f"{type(module).__name__} has an attribute `attend` of its own; adapters inside it cannot be kept there."
+            f"{type(module).__name__} has an attribute `{name}` of its own; adapters inside it cannot be kept there."
         )
     host, takeover = _make_host(site, name)
     vars(host)["owner"] = module  # not registered: the owner already holds the host
@@ -155,6 +155,15 @@ def write(place: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     old_weight.copy_(weight.reshape(old_weight.shape))
     if old_bias is not None and bias is not None:
         old_bias.copy_(bias.reshape(old_bias.shape))
+
+
+def region(place: nn.Module) -> tuple[int, object]:
+    """The module whose weight this is, and which part of it; None for all."""
+    if isinstance(place, Slice):
+        return id(vars(place)["owner"]), place.columns
+    if isinstance(place, Projected):
+        return id(vars(place)["owner"]), place.name
+    return id(place), None
 
 
 def snapshot(place: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, Cell, LabelError
+from lightning_peft.core.adapter import Adapter, Adapters, Cell, Host, LabelError
 
 if TYPE_CHECKING:
     from lightning_peft.core.method import Method
@@ -47,10 +47,15 @@ class Selected:
     mask: Tensor | None
     original: Tensor | None  # on the CPU; None where the method was told not to keep it
     head: bool = False
+    trained: Tensor | None = None  # the trained values, while the method is switched off
 
     @property
     def parameter(self) -> nn.Parameter:
         return getattr(self.module, self.attribute)
+
+    @property
+    def key(self) -> Key:
+        return id(self.module), self.attribute
 
 
 @dataclass(eq=False)
@@ -65,6 +70,7 @@ class Applied:
     trainable: bool
     fingerprint: str
     turn: int = 0  # when it was merged, among the merges of this model
+    sealed_by: str = ""  # the label that was unloaded into weights which this one had been merged into
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for placement in self.placements:
@@ -72,23 +78,66 @@ class Applied:
         for selected in self.selected:
             yield selected.parameter
 
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules of the base that this touches."""
+        for placement in self.placements:
+            yield vars(placement.place).get("owner", placement.place)
+        for selected in self.selected:
+            yield selected.module
+
+
+Key = tuple[int, str]  # a parameter, by its module and its name there
+
 
 @dataclass(eq=False)
 class Registry:
-    """Everything that was applied to a model, and how the model was before."""
+    """Everything that was applied to a model, and how the model was before.
 
+    It hangs on the root, and every module that is touched has a link to it, so that a part of the model finds it too.
+    """
+
+    root: nn.Module
     applied: dict[str, Applied] = field(default_factory=dict)
     flags: list[tuple[nn.Module, str, bool]] = field(default_factory=list)  # requires_grad before the first method
-    buffers: list[tuple[nn.Module, str, bytes]] = field(default_factory=list)  # digests, to see which ones changed
+    buffers: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)  # their values then, on the CPU
     switches: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # attributes that kept a fused path on
+    held: dict[Key, tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=dict)  # parameter, mask, values
 
     def record(self, model: nn.Module) -> None:
-        seen = {(id(module), name) for module, name, _ in self.flags}
-        for module in model.modules():
+        known = {(id(module), name) for other in registries(model) for module, name, _ in other.flags}
+        buffers = {(id(module), name) for other in registries(model) for module, name, _ in other.buffers}
+        for module in base_modules(model):
             for name, parameter in module._parameters.items():
-                if parameter is not None and (id(module), name) not in seen:
+                if parameter is not None and (id(module), name) not in known:
                     self.flags.append((module, name, parameter.requires_grad))
-        self.buffers = self.buffers or [(m, n, digest(b)) for m, n, b in persistent_buffers(model)]
+        for module, name, buffer in persistent_buffers(model):
+            if (id(module), name) not in buffers:
+                self.buffers.append((module, name, on_cpu(buffer)))
+
+    def touched(self) -> dict[int, nn.Module]:
+        """The root and what the methods touch; nothing where there are none."""
+        modules = [m for applied in self.applied.values() for m in applied.modules()]
+        return {id(m): m for m in [self.root, *modules]} if self.applied else {}
+
+    def mark(self, before: Iterable[nn.Module] = ()) -> None:
+        """Hang on the root and link from what is touched; let go of what was touched `before` and no more."""
+        now = self.touched()
+        for module in now.values():
+            if found(module) is not self:
+                vars(module)[ATTRIBUTE] = self if module is self.root else Link(self)
+        for module in before:
+            if id(module) not in now and found(module) is self:
+                del vars(module)[ATTRIBUTE]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.mark()
+
+    def changed_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for module, name, before in self.buffers:
+            buffer = module._buffers.get(name)
+            if buffer is not None and not same(buffer, before):
+                yield module, name, before
 
     def leave_fused_paths(self, model: nn.Module) -> None:
         """torch.nn's encoder layers skip their children in eval mode; those that hold adapters must not."""
@@ -99,57 +148,89 @@ class Registry:
                 self.switches.append((module, name, getattr(module, name)))
                 setattr(module, name, False)
 
-    def restore(self) -> None:
+    def restore(self, buffers: bool = True) -> None:
+        """Put back what no single method owns: switches, buffers, requires_grad."""
         for module, name, value in self.switches:
             setattr(module, name, value)
+        with torch.no_grad():
+            for module, name, before in self.changed_buffers() if buffers else ():
+                module._buffers[name].copy_(before)  # type: ignore[union-attr]
         for module, name, flag in self.flags:
             parameter = module._parameters.get(name)
             if parameter is not None:
                 parameter.requires_grad_(flag)
 
 
+class Link:
+    """From a touched module to the registry; a copy of the module alone does not drag the whole model along."""
+
+    def __init__(self, registry: Registry | None = None) -> None:
+        self.registry = registry
+
+    def __reduce__(self) -> Any:
+        return Link, ()
+
+
+def found(module: nn.Module) -> Registry | None:
+    """The registry that hangs on this very module, or that it links to."""
+    value = vars(module).get(ATTRIBUTE)
+    return value.registry if isinstance(value, Link) else value
+
+
+def base_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of the model without adapters and places."""
+    stack, seen = [model], set()
+    while stack:
+        module = stack.pop()
+        if id(module) not in seen and not isinstance(module, (Adapters, Host)):
+            seen.add(id(module))
+            yield module
+            stack.extend(child for child in module._modules.values() if child is not None)
+
+
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for module in model.modules():
+    for module in base_modules(model):
         for name, buffer in module._buffers.items():
-            if (
-                buffer is not None
-                and name not in module._non_persistent_buffers_set
-                and not isinstance(module, Adapter)
-            ):
+            if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield module, name, buffer
 
 
-def digest(tensor: Tensor) -> bytes:
-    if tensor.is_meta:
-        return b"meta"
-    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).digest()
+def on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.is_meta else tensor.detach().cpu().clone()
+
+
+def same(buffer: Tensor, before: Tensor) -> bool:
+    """Equal values; a cast or a move is no change."""
+    if buffer.is_meta or before.is_meta:
+        return buffer.is_meta == before.is_meta
+    return buffer.shape == before.shape and torch.equal(buffer.detach().cpu(), before.to(buffer.dtype))
 
 
 # ------------------------------------------------------------------ finding registries
+def registries(model: nn.Module) -> list[Registry]:
+    """Those of the model, of modules inside it, and of a larger model that it is a part of."""
+    distinct = {id(registry): registry for registry in map(found, model.modules()) if registry is not None}
+    return list(distinct.values())
+
+
 def registry_of(model: nn.Module) -> Registry | None:
-    """The registry kept by this model or by a module inside it."""
-    for module in model.modules():
-        if ATTRIBUTE in vars(module):
-            return vars(module)[ATTRIBUTE]
-    return None
+    return next(iter(registries(model)), None)
 
 
 def open_registry(model: nn.Module) -> Registry:
-    found = registry_of(model)
-    if found is None:
-        found = vars(model)[ATTRIBUTE] = Registry()
-    return found
+    return registry_of(model) or Registry(model)
 
 
-def close_registry(model: nn.Module) -> None:
-    for module in model.modules():
-        vars(module).pop(ATTRIBUTE, None)
+def all_applied(model: nn.Module) -> list[Applied]:
+    return [applied for registry in registries(model) for applied in registry.applied.values()]
 
 
 def applied_to(model: nn.Module) -> dict[str, Applied]:
     """label -> what was applied, in the order of application."""
-    registry = registry_of(model)
-    return {} if registry is None else registry.applied
+    out: dict[str, Applied] = {}
+    for applied in all_applied(model):
+        out.setdefault(applied.label, applied)
+    return out
 
 
 def get_applied(model: nn.Module, label: str | None = None) -> Applied:
@@ -162,6 +243,10 @@ def get_applied(model: nn.Module, label: str | None = None) -> Applied:
     return applied[label]
 
 
+def registry_with(model: nn.Module, applied: Applied) -> Registry:
+    return next(registry for registry in registries(model) if applied in registry.applied.values())
+
+
 # ------------------------------------------------------------------ the three sets
 def active(model: nn.Module) -> list[str]:
     """Labels whose adapters run in the forward pass."""
@@ -170,7 +255,7 @@ def active(model: nn.Module) -> list[str]:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """name -> parameter for everything that the methods on this model train; shared parameters once."""
-    wanted = {id(p) for applied in applied_to(model).values() if applied.trainable for p in applied.parameters()}
+    wanted = {id(p) for applied in all_applied(model) if applied.trainable for p in applied.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
 
 
@@ -178,82 +263,101 @@ def saved(model: nn.Module) -> dict[str, Tensor]:
     """name -> tensor for what a checkpoint needs beside the base: adapters, trained base parameters, changed
     buffers.
     """
-    registry = registry_of(model)
-    if registry is None:
-        return {}
-    kept = {id(p) for applied in registry.applied.values() for p in applied.parameters()}
-    for applied in registry.applied.values():
-        for placement in applied.placements:
-            kept.update(id(b) for b in placement.adapter.buffers())
-    kept.update(
-        id(getattr(m, n))
-        for m, n, old in registry.buffers
-        if getattr(m, n, None) is not None and digest(getattr(m, n)) != old
-    )
-    state, seen = {}, set()
+    return {name: tensor.detach() for name, tensor in _kept(model).items()}
+
+
+def _kept(model: nn.Module) -> dict[str, Tensor]:
+    """As `saved`, but the tensors themselves; each once."""
+    everything = all_applied(model)
+    kept = {id(p) for applied in everything for p in applied.parameters()}
+    kept |= {id(b) for applied in everything for x in applied.placements for b in x.adapter.buffers()}
+    kept |= {id(m._buffers[name]) for registry in registries(model) for m, name, _ in registry.changed_buffers()}
+    state: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in kept and id(tensor) not in seen:
-            seen.add(id(tensor))
-            state[name] = tensor.detach()
-    return state
+        if id(tensor) in kept:
+            state.setdefault(id(tensor), (name, tensor))
+    return dict(state.values())
 
 
 def required(model: nn.Module) -> set[str]:
     """The names that a checkpoint must hold: `saved` without the buffers of the base."""
     buffers = {id(b) for _, _, b in persistent_buffers(model)}
-    return {name for name, tensor in saved_with_identity(model).items() if id(tensor) not in buffers}
-
-
-def saved_with_identity(model: nn.Module) -> dict[str, Tensor]:
-    names = saved(model)
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in names}
+    return {name for name, tensor in _kept(model).items() if id(tensor) not in buffers}
 
 
 # ------------------------------------------------------------------ masks
+def hold(model: nn.Module) -> None:
+    """Note the values of masked parameters: those outside of all masks must not move. Once per set of methods."""
+    for registry in registries(model):
+        if not registry.held:
+            for parameter, mask in masked(model):
+                registry.held[id(parameter), ""] = parameter, mask.to(parameter.device), parameter.detach().clone()
+
+
+def masked(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter that trains in part, with the union of the masks of the methods that train it."""
+    chosen: dict[Key, list[Selected]] = {}
+    for applied in all_applied(model):
+        for selected in applied.selected if applied.trainable else []:
+            chosen.setdefault(selected.key, []).append(selected)
+    for group in chosen.values():
+        masks = [selected.mask for selected in group]
+        if all(mask is not None for mask in masks):
+            yield group[0].parameter, torch.stack([mask.cpu() for mask in masks]).any(0)  # type: ignore[union-attr]
+
+
 def mask_gradients(model: nn.Module) -> None:
-    """Zero the gradient outside of each mask, so that clipping and moments see the selected entries only."""
-    for applied in applied_to(model).values():
-        for selected in applied.selected:
-            gradient = selected.parameter.grad
-            if selected.mask is not None and gradient is not None:
-                gradient.mul_(selected.mask.to(gradient.device))
+    """Zero the gradient outside of the masks, so that clipping and moments see the selected entries only."""
+    hold(model)
+    for registry in registries(model):
+        for parameter, mask, _ in registry.held.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
 
 
 @torch.no_grad()
 def restore_unselected(model: nn.Module) -> None:
-    """After an optimizer step: put entries outside of each mask back, bit for bit (weight decay and momentum move
-    them).
+    """After an optimizer step: put entries outside of the masks back, bit for bit.
+
+    Weight decay and momentum move them.
     """
-    for applied in applied_to(model).values():
-        for selected in applied.selected:
-            if selected.mask is not None and selected.original is not None:
-                p = selected.parameter
-                p.copy_(torch.where(selected.mask.to(p.device), p, selected.original.to(p.device)))
+    hold(model)
+    for registry in registries(model):
+        for parameter, mask, values in registry.held.values():
+            parameter.copy_(torch.where(mask, parameter, values))
 
 
 # ------------------------------------------------------------------ which base
-def fingerprint(tensors: list[tuple[str, Tensor]], samples: int = 16) -> str:
-    """A hash of shapes and of a few values (rounded to bf16, so that a cast base is still the same base)."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors:
-        sha.update(f"{name}{tuple(tensor.shape)}".encode())
-        if not tensor.is_meta and tensor.is_floating_point() and tensor.numel():
-            flat = tensor.detach().flatten()
-            picked = flat[:: max(1, flat.numel() // samples)][:samples]
-            sha.update(picked.to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:32]
+def fingerprint(tensors: list[tuple[str, Tensor]], count: int = 64, samples: int = 4) -> str:
+    """A hash of names and shapes, and a few values of at most `count` of the tensors: "<hash>:<bf16 values in hex>"."""
+    sha = hashlib.sha256("".join(f"{name}{tuple(tensor.shape)}" for name, tensor in tensors).encode())
+    with_values = [t for _, t in tensors if not t.is_meta and t.is_floating_point() and t.numel()]
+    chosen = with_values[:: max(1, -(-len(with_values) // count))]
+    picked = [t.detach().flatten()[:: max(1, t.numel() // samples)][:samples].to("cpu", torch.bfloat16) for t in chosen]
+    values = torch.cat(picked).view(torch.uint8).numpy().tobytes().hex() if picked else ""
+    return f"{sha.hexdigest()[:16]}:{values}"
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one base: the same shapes, and values that agree to the rounding of a cast."""
+    (shapes, values), (other_shapes, other_values) = (text.partition(":")[::2] for text in (one, other))
+    if shapes != other_shapes or len(values) != len(other_values):
+        return False
+    numbers = [torch.frombuffer(bytearray.fromhex(v), dtype=torch.bfloat16) for v in (values, other_values) if v]
+    return len(numbers) < 2 or torch.allclose(*(n.float() for n in numbers), rtol=2e-2, atol=1e-6, equal_nan=True)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Counts for one line of log: what trains, of how much, and what a checkpoint weighs."""
     parameters = {id(p): p for p in model.parameters()}
     mine = {id(p): p for p in trainable(model).values()}
-    adapters = {id(p) for a in applied_to(model).values() for x in a.placements for p in x.adapter.parameters()}
+    adapters = {id(p) for a in all_applied(model) for x in a.placements for p in x.adapter.parameters()}
     total = sum(p.numel() for p in parameters.values())
     base = sum(p.numel() for key, p in parameters.items() if key not in adapters)
-    count = sum(_selected_count(model, p) for p in mine.values())
+    partly = {id(p): int(mask.sum()) for p, mask in masked(model)}
+    count = sum(partly.get(key, p.numel()) for key, p in mine.items())
     return {
-        "sites": sum(len(a.placements) for a in applied_to(model).values()),
+        "sites": sum(len(a.placements) for a in all_applied(model)),
         "trainable": count,
         "total": total,
         "base": base,
@@ -283,13 +387,3 @@ def table(model: nn.Module) -> str:
 
 def _count(selected: Selected) -> int:
     return int(selected.mask.sum()) if selected.mask is not None else selected.parameter.numel()
-
-
-def _selected_count(model: nn.Module, parameter: nn.Parameter) -> int:
-    masks = [
-        s.mask
-        for a in applied_to(model).values()
-        for s in a.selected
-        if s.parameter is parameter and s.mask is not None
-    ]
-    return int(masks[0].sum()) if masks else parameter.numel()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from lightning_peft.core.sites import Sites, TargetError, sites
+from torch import nn
+
+from lightning_peft.core.architectures import is_linear
+from lightning_peft.core.sites import Site, Sites, TargetError, sites
 
 T = TypeVar("T")
 
@@ -28,3 +31,16 @@ def per_site(found: Sites, table: dict[str, T], default: T) -> list[T]:
         for index in hits:
             values[index] = value
     return values
+
+
+def projection_widths(site: Site, method: str) -> tuple[int, int]:
+    """d_in, d_out of a site where x (..., d_in) becomes y (..., d_out) by a matrix; an error elsewhere."""
+    module = site.module
+    linear = is_linear(module) and not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd))
+    if site.part not in ("q", "k", "v", "o") and not (linear and site.part is None):
+        raise TargetError(
+            f"{method} acts on projections, and {site.name!r} ({type(module).__name__}, role {site.role}) is none. "
+            f"Choose "
+            "targets such as 'q,v', 'ffn', 'all-linear', or names of Linear and Conv1D modules."
+        )
+    return site.in_features, site.out_features

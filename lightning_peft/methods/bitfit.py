@@ -13,10 +13,13 @@ from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter, NotMergeableError
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import Site, Sites
+from lightning_peft.core.targets import projection_widths
 
 
 class Shift(Adapter):
     """y = base(x) + b: a bias (d_out,) for a projection that has none."""
+
+    additive = True
 
     def __init__(self, d_out: int) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class BitFit(PEFT, name="bitfit", family="selective", paper="2106.10199", mergea
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         for site in sites:
             if not has_bias(site):
-                yield site, Shift(site.out_features)
+                yield site, Shift(projection_widths(site, "BitFit")[1])
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:
         return name.rpartition(".")[2].endswith("bias")

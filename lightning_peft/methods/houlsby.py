@@ -15,6 +15,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import positive
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import Site
+from lightning_peft.core.targets import projection_widths
 from lightning_peft.methods.ln_tuning import LNTuning
 
 Activation = Literal["gelu", "relu", "silu", "tanh", "identity"]
@@ -85,4 +86,4 @@ class Houlsby(PEFT, name="houlsby", family="additive", paper="1902.00751"):
         return (dataclasses.replace(self, norms=False), LNTuning()) if self.norms else ()
 
     def adapter(self, site: Site) -> Adapter:
-        return Bottleneck(site.out_features, self.bottleneck, self.activation, self.init)
+        return Bottleneck(projection_widths(site, "Houlsby")[1], self.bottleneck, self.activation, self.init)

@@ -13,7 +13,7 @@ from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import Site, Sites
-from lightning_peft.core.targets import per_site
+from lightning_peft.core.targets import per_site, projection_widths
 
 
 class ScaleOutput(Adapter):
@@ -50,9 +50,8 @@ class IA3(PEFT, name="ia3", family="additive", paper="2205.05638", mergeable=Tru
 
     Keys and values (self- and cross-attention) are scaled after their projection, bias included and before any
     rotation of positions; the feed-forward layer's inner activation is scaled before the down projection (after gate
-    * up where there is
-    a gate). All vectors start at one: the base at step 0. Merging is exact. inputs: targets that scale their input
-    instead of their output. Source: section 3.3.
+    * up where there is a gate). All vectors start at one: the base at step 0. Merging is exact. inputs: targets that
+    scale their input instead of their output. Source: section 3.3.
     """
 
     targets: str | list[str] | None = "k,v,cross.k?,cross.v?,down"
@@ -61,4 +60,5 @@ class IA3(PEFT, name="ia3", family="additive", paper="2205.05638", mergeable=Tru
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         turned = per_site(sites, {self.inputs: True}, False)
         for site, before in zip(sites, turned, strict=True):
-            yield site, ScaleInput(site.in_features) if before else ScaleOutput(site.out_features)
+            d_in, d_out = projection_widths(site, "IA3")
+            yield site, ScaleInput(d_in) if before else ScaleOutput(d_out)

@@ -13,3 +13,5 @@ class LinearProbe(PEFT, name="linear_probe", family="baseline", paper="1610.0164
     The head is found by `heads`: "auto" knows the usual names (classifier, score, head, ...); a model without one is
     an error.
     """
+
+    unused = ("targets", "layers", "exclude", "roles")

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, NotMergeableError
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
 from lightning_peft.core.init import Draw
 from lightning_peft.core.method import Scope
 from lightning_peft.core.sites import Site, Sites
-from lightning_peft.core.targets import per_site
+from lightning_peft.core.targets import per_site, projection_widths
 
 
 class LowRank(Adapter):
     """y = base(x) + s (B A drop(x) + c): A (rank, d_in), B (d_out, rank), c (d_out,) or absent."""
+
+    additive = True
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class LowRank(Adapter):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.c is not None:
             if bias is None:
-                raise FieldError(
+                raise NotMergeableError(
                     "LoRA(lora_bias=True) on a projection without a bias cannot be merged; leave it attached."
                 )
             bias = bias + self.scale * self.c.to(bias)
@@ -99,6 +101,8 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
         probability(self, "dropout")
         if bad := {pattern: rank for pattern, rank in self.ranks.items() if rank <= 0}:
             raise FieldError(f"LoRA(ranks={bad!r}): expected ranks above 0. To leave sites out, use exclude=...")
+        if bad_alphas := {pattern: a for pattern, a in self.alphas.items() if not 0 <= a < math.inf}:
+            raise FieldError(f"LoRA(alphas={bad_alphas!r}): expected numbers of 0 or more.")
 
     @property
     def scope(self) -> Scope:
@@ -110,7 +114,7 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         ranks, alphas = per_site(sites, self.ranks, self.rank), per_site(sites, self.alphas, self.alpha)
         for site, rank, alpha in zip(sites, ranks, alphas, strict=True):
-            width = site.in_features, site.out_features
+            width = projection_widths(site, "LoRA")
             yield site, LowRank(*width, rank, self.scale(rank, alpha), self.dropout, self.lora_bias, self.init)
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:

@@ -42,7 +42,8 @@ class LowRankEdit(nn.Module):
         An orthonormal r is its own.
         """
         with torch.autocast(self.r.device.type, enabled=False):
-            q, upper = torch.linalg.qr(self.r.float().T)
+            r = self.r if self.r.dtype == torch.float64 else self.r.float()
+            q, upper = torch.linalg.qr(r.T)
             return (q * torch.sign(torch.diagonal(upper))).T
 
     def forward(self, h: Tensor) -> Tensor:  # (batch, time, d) -> (batch, time, d)
@@ -107,9 +108,9 @@ class LoReFT(PEFT, name="loreft", family="representation", paper="2404.03592", i
 
     h (d,) is what a block returns at the first `first` and the last `last` tokens of the prompt: real tokens by the
     padding mask, before the first counted label where there are labels a token, at most half of them each; none while
-    a KV cache is
-    extended. tied: one (R, W, b) a block for both ends, else two. L (2 r d + r) parameters when tied. identity=True
-    starts with W = R, b = 0, the base at step 0 (not in the paper). R stays orthonormal by a QR decomposition.
+    a KV cache is extended. tied: one (R, W, b) a block for both ends, else two. L (2 r d + r) parameters when tied.
+    identity=True starts with W = R, b = 0, the base at step 0 (not in the paper). R stays orthonormal by a QR
+    decomposition.
     `dropout` acts on
     the edit (the authors' code drops the whole h'). In an encoder-decoder the encoder is edited. Source: section 3.2,
     equation 2. Generation needs its KV cache (the default).
@@ -142,7 +143,7 @@ class LoReFT(PEFT, name="loreft", family="representation", paper="2404.03592", i
             names = [".".join(site.name.split(".")[:i]) for i in range(site.name.count(".") + 1)]
             owner = mask_owner([m for m in map(sites.model.get_submodule, names) if not hasattr(m, "training_step")])
             if id(owner) not in listeners:
-                listeners[id(owner)] = positions = Positions(owner or site.module)
+                listeners[id(owner)] = positions = Positions(owner or site.module, site.facts.causal is True)
                 name = next((n for n in names if sites.model.get_submodule(n) is owner), None)
                 if owner is not None:
                     yield Site(name or "", owner, "model"), positions

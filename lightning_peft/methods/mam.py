@@ -18,6 +18,8 @@ class MAM(PEFT, name="mam", family="hybrid", paper="2110.04366", identity=False)
     of this width (the paper: 800 for summarisation). Source: section 4.6.
     """
 
+    unused = ("targets",)
+
     length: int = 30
     prefix_bottleneck: int = 0
     bottleneck: int = 512

@@ -57,8 +57,7 @@ class ParallelAdapter(PEFT, name="parallel", family="additive", paper="2110.0436
 
     u is what the layer itself reads: the attention block's output in post-norm models, its norm in pre-norm models.
     The sum is taken at the down projection, before dropout and residual. L (2md + m + d) parameters. scale None makes
-    s a trained
-    scalar that starts at 1. Source: section 4.4, table 4.
+    s a trained scalar that starts at 1. Source: section 4.4, table 4.
     """
 
     targets: str | list[str] | None = "down"

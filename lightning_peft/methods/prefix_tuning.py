@@ -98,8 +98,8 @@ class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101
     Each attention layer gets `length` trained keys and values in front of its own, after the KV cache, without
     positions, visible to every query; a grouped-query layer gets them per key/value head. L * 2 * length * kv_heads *
     head_dim parameters. bottleneck > 0 trains them through an embedding E (length, d) and an MLP whose first layer,
-    of this width, all
-    layers share; adapter files hold the prefixes themselves. Positions of the text are not shifted. Source: section 4.
+    of this width, all layers share; adapter files hold the prefixes themselves. Positions of the text are not
+    shifted. Source: section 4.
     """
 
     targets: str | list[str] | None = "attend,cross.attend?"

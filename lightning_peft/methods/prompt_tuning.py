@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
@@ -22,9 +22,9 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
     """x' = [P; Emb(x)]
 
     P (length, d) is trained, the rest is frozen. Masks, positions and token types are widened; what the model returns
-    is cut back to the text, so that labels, losses and pooling need nothing. An encoder-decoder gets P in its
-    encoder, a vision
-    transformer after its class token. P lives behind the embedding's own scaling, where the model has one.
+    is cut back to the text, so that labels, losses and pooling need nothing. An encoder-decoder gets P in its encoder,
+    a vision transformer after its class token (there, states captured between the first and the last block include P).
+    P lives behind the embedding's own scaling, where the model has one.
 
     init: "uniform" U(-0.5, 0.5), "normal" N(0, 1), or "vocabulary": rows of the embedding, drawn from the
     `vocabulary` first token ids (in most vocabularies the frequent ones). Needs a high learning rate (0.01 to 0.3).
@@ -59,18 +59,13 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
                     "nn.TransformerEncoder, vision transformers. Use prefix_tuning, which acts inside attention."
                 )
 
-    def _tokens(self, width: int, table: Tensor | None = None) -> tuple[int, int, str, Tensor | None]:
+    def _tokens(self, width: int, table: nn.Module | None = None) -> tuple[int, int, str, nn.Module | None, int]:
         if self.init == "vocabulary":
             if table is None:
-                raise TargetError(
-                    "PromptTuning(init='vocabulary') needs a token embedding; use init='uniform' on this model."
-                )
-            if min(self.vocabulary, len(table)) < self.length:
-                raise TargetError(
-                    f"{self.length} tokens cannot be drawn from {min(self.vocabulary, len(table))} rows; lower "
-                    f"`length`."
-                )
-        return self.length, width, self.init, None if table is None else table[: self.vocabulary]
+                raise TargetError("PromptTuning(init='vocabulary') needs a token embedding; use init='uniform' here.")
+            if (rows := min(self.vocabulary, len(table.weight))) < self.length:  # type: ignore[arg-type]
+                raise TargetError(f"{self.length} tokens cannot be drawn from {rows} rows; lower `length`.")
+        return self.length, width, self.init, table, self.vocabulary
 
     @staticmethod
     def _here(above: Above, site: Site, adapter: Adapter) -> tuple[Site, Adapter]:
@@ -78,8 +73,7 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
 
     def _text(self, above: list[Above], owner: Above, site: Site) -> Iterator[tuple[Site, Adapter]]:
         pair = next((a for a in above if {"encoder", "decoder"} <= set(a.module._modules)), None)
-        table: Tensor = site.module.weight  # type: ignore[assignment]
-        tokens = self._tokens(table.shape[1], table.detach())
+        tokens = self._tokens(site.module.weight.shape[1], site.module)  # type: ignore[union-attr, index]
         in_encoder = pair is not None and owner.module is pair.module.encoder
         yield self._here(owner, site, VirtualTokens(owner.module, *tokens, strip=not in_encoder))
         if pair is not None and in_encoder:

@@ -1,0 +1,84 @@
+"""Small settings for every method, and where a method has nothing to do; a method without an entry fails the suite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import zoo
+from torch import nn
+
+import lightning_peft.methods  # noqa: F401  fills the registry
+from lightning_peft.callback import PEFT
+from lightning_peft.core.adapter import NotMergeableError
+from lightning_peft.core.method import REGISTRY, NothingToTrainError
+from lightning_peft.core.sites import TargetError
+
+MODELS = ("bert", "gpt2", "llama", "t5", "vit", "encoder", "mlp")
+TEXT = ("bert", "gpt2", "llama", "t5")
+HEADED = {"bert", "vit", "encoder"}  # models whose task head `heads="auto"` finds
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bitfit": {},
+    "full": {},
+    "houlsby": {"bottleneck": 6},
+    "ia3": {},
+    "linear_probe": {},
+    "ln_tuning": {},
+    "lora": {"rank": 3, "targets": "q,k,v,down"},
+    "loreft": {"rank": 3, "first": 2, "last": 2},
+    "mam": {"length": 3, "bottleneck": 6},
+    "parallel": {"bottleneck": 6},
+    "prefix_tuning": {"length": 3},
+    "prompt_tuning": {"length": 3},
+}
+
+# what a model needs beside them: no table knows the names of the plain module
+MLP_TARGETS: dict[str, dict[str, Any]] = {
+    "lora": {"targets": "mlp,lora"},
+    "houlsby": {"targets": "mlp,lora"},
+    "ia3": {"targets": "mlp,lora", "inputs": "lora"},
+}
+MLP_HEADS = {"heads": "out"}
+
+RAISES: dict[tuple[str, str], type[Exception]] = {
+    **{("linear_probe", model): NothingToTrainError for model in ("gpt2", "llama", "t5")},
+    ("ln_tuning", "mlp"): TargetError,  # it has no norm
+    ("loreft", "mlp"): TargetError,  # no blocks of a known width
+    ("mam", "mlp"): TargetError,  # no attention
+    ("prefix_tuning", "mlp"): TargetError,
+    ("prompt_tuning", "mlp"): TargetError,  # no embeddings
+    ("parallel", "mlp"): TargetError,  # no feed-forward layer
+}
+# BitFit makes biases where there are none, and such a projection has no place to fold one into
+UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {("bitfit", m): NotMergeableError for m in ("llama", "t5", "mlp")}
+
+# what the quick run covers: each method on the models that are hardest for it
+QUICK = {
+    "bitfit": ("gpt2", "t5", "encoder"),
+    "full": ("bert", "mlp"),
+    "houlsby": ("bert", "encoder"),
+    "ia3": ("gpt2", "llama", "mlp"),
+    "linear_probe": ("vit", "mlp"),
+    "ln_tuning": ("llama", "vit"),
+    "lora": ("gpt2", "llama", "encoder"),
+    "loreft": ("bert", "t5"),
+    "mam": ("t5", "vit"),
+    "parallel": ("llama", "bert"),
+    "prefix_tuning": ("gpt2", "encoder"),
+    "prompt_tuning": ("bert", "vit", "encoder"),
+}
+
+
+def make(name: str, model: str, **more: Any) -> PEFT:
+    """The method `name` with the settings for `model`; names what is missing."""
+    if name not in SETTINGS:
+        raise KeyError(f"tests/settings.py has no entry for the method {name!r}; known: {', '.join(SETTINGS)}.")
+    own = {**MLP_TARGETS.get(name, {}), **MLP_HEADS} if model == "mlp" else {}
+    return REGISTRY[name](**{**SETTINGS[name], **own, **more})  # type: ignore[return-value]
+
+
+def adapted(name: str, model: str, **more: Any) -> tuple[nn.Module, PEFT]:
+    """A fresh tiny model with the method on it."""
+    net, method = zoo.build(model), make(name, model, **more)
+    method.apply(net)
+    return net, method
