@@ -417,7 +417,7 @@ def test_a_model_of_another_kind(saved: Path) -> None:
 
 
 def test_a_label_that_is_taken_is_not_overwritten(saved: Path) -> None:
-    net, _ = adapted("lora", "mlp", heads=None)
+    net, method = adapted("lora", "mlp")
     before = snapshot(net)
     with pytest.raises(LabelError, match="is taken"):
         load_adapter(net, saved)
