@@ -1,0 +1,166 @@
+"""lightning-peft: fine-tune, look up methods, and use what was trained.
+
+Heavy packages are imported by the command that needs them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+TRACE = "LIGHTNING_PEFT_TRACE"
+ABOUT = f"""\
+usage: lightning-peft COMMAND ...
+
+{{commands}}
+
+`lightning-peft COMMAND --help` tells more. Exit codes: 0 done, 1 an error (one line on stderr;
+{TRACE}=1 shows where it comes from), 2 a command line that is not understood."""
+
+TRAIN = """\
+Fine-tune a model. Everything is a value of a config that is composed from groups of files; `group=name` takes another
+file, `key=value` sets a value, `+key=value` adds one, `~key` removes one.
+
+  lightning-peft train                                             MiniLM with LoRA on docstrings, no download
+  lightning-peft train peft=bitfit optimizer.lr=0.002 trainer.max_epochs=5
+  lightning-peft train data=csv data.path=reviews.csv data.text=review data.label=stars
+  lightning-peft train model=hf model.name=roberta-base 'peft.targets=[q,k,v]' peft.rank=16
+  lightning-peft train --multirun peft=lora,bitfit,ia3 seed=0,1,2  a sweep: every combination, one after the other
+  lightning-peft train peft=mam --cfg job                          print the config and stop
+
+Groups: {groups}.
+Methods (peft=...): {methods}.
+The run directory, outputs/<date>/<time>, gets: config.yaml, train.log, metrics.csv, learning_curve.png, checkpoints/,
+adapter/, results.json. The grammar of overrides: https://hydra.cc/docs/advanced/override_grammar/basic/"""
+
+DEMO = """\
+Fine-tune MiniLM with LoRA on docstrings of the standard library, and compare with a linear probe on the same split: a
+logistic regression on the frozen model's features, its strength of regularisation chosen on the validation split.
+Overrides as in `train`; the settings are in conf/experiment/demo.yaml."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name.ljust(width)}  {about}" for name, (_, about) in COMMANDS.items()]
+        print(ABOUT.format(commands="\n".join(lines)))
+        return 0
+    if argv[0] == "--version":
+        import lightning_peft
+
+        print(lightning_peft.__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"lightning-peft: no command {argv[0]!r}. Known: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    return guarded(COMMANDS[argv[0]][0], argv[1:])
+
+
+def guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a command; an error that its user can mend becomes one line."""
+    try:
+        command(argv)
+    except SystemExit as exit:  # of argparse
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BrokenPipeError:  # `| head` has read enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  what is left is written at the interpreter's end
+    except Exception as error:
+        if os.environ.get(TRACE) == "1" or not expected(error):
+            raise
+        print(f"lightning-peft: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def expected(error: Exception) -> bool:
+    """Whether an error says itself what to do, so that a traceback would only hide it."""
+    from hydra.errors import HydraException
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from lightning_peft.callback import LifeCycleError
+    from lightning_peft.checkpoint import CheckpointError
+    from lightning_peft.core.files import AdapterFileError
+
+    ours = (LifeCycleError, CheckpointError, AdapterFileError)
+    theirs = (HydraException, OmegaConfBaseException, MisconfigurationException)
+    return isinstance(error, (ValueError, OSError, ImportError, *ours, *theirs))
+
+
+def parser(name: str, about: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help keeps its lines."""
+    kind = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"lightning-peft {name}", usage, about, formatter_class=kind)
+
+
+# ------------------------------------------------------------------ commands
+def train(argv: list[str]) -> None:
+    """Compose, check, fit, test, save."""
+    from lightning_peft.launch import launch
+
+    launch("train", train_parser("train", TRAIN), argv)
+
+
+def demo(argv: list[str]) -> None:
+    """`train` with the settings of the demo, and a linear probe beside it."""
+    from lightning_peft.launch import launch
+
+    launch("demo", train_parser("demo", DEMO), argv, ["experiment=demo"])
+
+
+def methods(argv: list[str]) -> None:
+    """Print the registry."""
+    from_here = parser("methods", "All methods: family, equation, mergeable, identity at step 0, paper.")
+    from_here.add_argument("--model", help="count what trains on it: a name of conf/model, of the hub, a folder")
+    from_here.add_argument("--markdown", action="store_true", help="a Markdown table")
+    options = from_here.parse_args(argv)
+    from lightning_peft import catalogue
+
+    table = catalogue.rows(None if options.model is None else catalogue.model_named(options.model))
+    print(catalogue.markdown(table) if options.markdown else catalogue.text(table))
+
+
+def predict(argv: list[str]) -> None:
+    """Print a label and its probability for each sentence."""
+    from_here = parser("predict", "Label sentences (or continue prompts) with the model of a run directory.")
+    from_here.add_argument("--run", required=True, metavar="DIR", help="what `lightning-peft train` named at its end")
+    from_here.add_argument("sentences", nargs="*", help="without any, lines are read from standard input")
+    options = from_here.parse_intermixed_args(argv)
+    from lightning_peft.predict import batches, load_run
+
+    run = load_run(options.run)
+    if not options.sentences and sys.stdin.isatty():
+        print("One sentence a line; end with Ctrl-D.", file=sys.stderr)
+    for batch in batches(options.sentences or sys.stdin, 32 if options.sentences else 1):
+        for sentence, (label, share) in zip(batch, run.answer(batch), strict=True):
+            print(f"{label}\t{share:.3f}\t{sentence}" if run.classes else label, flush=True)
+
+
+def train_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The options of Hydra that make sense here; what they print lists the choices."""
+    found = parser(name, about, usage=f"lightning-peft {name} [options] [group=name | key=value ...]")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="see above")
+    found.add_argument("-m", "--multirun", action="store_true", help="a sweep over values given with commas")
+    found.add_argument("-c", "--cfg", choices=("job", "hydra", "all"), help="print the config and stop")
+    found.add_argument("--resolve", action="store_true", help="with --cfg: fill interpolations in")
+    found.add_argument("-p", "--package", help="with --cfg: this part only, such as peft")
+    where = found.add_mutually_exclusive_group()
+    where.add_argument("-cd", "--config-dir", metavar="DIR", help="your own configs, found before those of the package")
+    where.add_argument("-cp", "--config-path", metavar="DIR", help="the same")
+    found.add_argument("-cn", "--config-name", default="train", metavar="NAME", help="instead of train")
+    return found
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "train": (train, "fine-tune a model with a method, on data of yours or ours"),
+    "predict": (predict, "label sentences with a trained adapter"),
+    "methods": (methods, "list the methods"),
+    "demo": (demo, "LoRA against a linear probe on the embedded data, in a few minutes on a CPU"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

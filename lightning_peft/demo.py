@@ -1,0 +1,151 @@
+"""LoRA beside a linear probe on the same split: what adapting a model is worth over using it as it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+from lightning_peft.checks import ConfigError
+from lightning_peft.config import build
+from lightning_peft.results import wilson
+from lightning_peft.tasks.pooling import PooledClassifier, pool
+from lightning_peft.train import build_task, run
+
+PENALTIES = [3.0 * 10**power * step for power in range(-5, -1) for step in (1, 10 / 3)]
+"""Of the squared weights: 3e-5, 1e-4, 3e-4, ..., 0.1"""
+
+
+class Split(NamedTuple):
+    """Features (examples, width) and labels (examples,)."""
+
+    features: Tensor
+    labels: Tensor
+
+
+def compare(config: DictConfig) -> dict[str, Any]:
+    """Run the config, probe the same model on the same data, and print both. -> the numbers, also in demo.json"""
+    tuned = run(config)
+    if not tuned:
+        return {}  # not the first process
+    probe = linear_probe(config)
+    numbers = {"method": tuned, "probe": probe}
+    directory = Path(config.run_dir)
+    (directory / "demo.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    print(report(tuned, probe, directory, method_name(config)))
+    return numbers
+
+
+def method_name(config: DictConfig) -> str:
+    """The class of the method, for people to read."""
+    return "no method" if config.get("peft") is None else config.peft._target_.rpartition(".")[2]
+
+
+# ------------------------------------------------------------------ the probe
+def linear_probe(config: DictConfig) -> dict[str, float]:
+    """min over W, b of mean cross entropy(W x + b) + penalty |W|^2, to the minimum, on features x of the frozen model
+
+    The penalty and whether features are standardised are what scores best on the validation split.
+    """
+    data = build(config.data)
+    data.setup("fit")
+    splits = features(pooled(build_task(config, data.classes).eval().model), data)
+    tries = [(scaled, penalty) for scaled in (False, True) for penalty in PENALTIES]
+    fitted = [evaluate(splits, scaled, penalty, len(data.classes)) for scaled, penalty in tries]
+    return max(fitted, key=lambda scores: scores["val/accuracy"])
+
+
+def pooled(model: Any) -> PooledClassifier:
+    """The model, if it has features to probe."""
+    if not isinstance(model, PooledClassifier):
+        raise ConfigError(
+            f"The probe needs a backbone with a pooled head, this model is a {type(model).__name__}. Use model=minilm,"
+            " or model=hf with model.pooling=mean."
+        )
+    return model
+
+
+@torch.no_grad()
+def features(model: PooledClassifier, data: Any) -> dict[str, Split]:
+    """split -> what the head sees"""
+    loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
+    found = {}
+    for name, loader in loaders.items():
+        parts = []
+        for batch in loader:
+            mask = batch["attention_mask"]
+            hidden = model.backbone(input_ids=batch["input_ids"], attention_mask=mask)
+            parts.append((pool(getattr(hidden, "last_hidden_state", hidden), mask, model.pooling), batch["labels"]))
+        inputs, labels = zip(*parts, strict=True)
+        found[name] = Split(torch.cat(inputs), torch.cat(labels))
+    return found
+
+
+def evaluate(splits: dict[str, Split], scaled: bool, penalty: float, classes: int) -> dict[str, float]:
+    """Fit on "train" -> accuracy and macro-F1 on the other two."""
+    mean, std = splits["train"].features.mean(0), splits["train"].features.std(0).clamp(min=1e-6)
+    ready = {k: Split((s.features - mean) / std if scaled else s.features, s.labels) for k, s in splits.items()}
+    weight, bias = logistic_regression(*ready["train"], penalty, classes)
+    scores: dict[str, float] = {"penalty": penalty, "scaled": scaled}
+    for name in ("val", "test"):
+        logits, labels = F.linear(ready[name].features, weight, bias), ready[name].labels
+        scores[f"{name}/accuracy"] = multiclass_accuracy(logits, labels, classes, average="micro").item()
+        scores[f"{name}/f1"] = multiclass_f1_score(logits, labels, classes, average="macro").item()
+    return scores
+
+
+def logistic_regression(inputs: Tensor, labels: Tensor, penalty: float, classes: int) -> tuple[Tensor, Tensor]:
+    """inputs (examples, width) -> W (classes, width), b (classes,) at the minimum, by L-BFGS"""
+    weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(inputs, weight, bias), labels) + penalty * weight.square().sum()
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+# ------------------------------------------------------------------ the report
+def report(tuned: dict[str, Any], probe: dict[str, float], directory: Path, name: str) -> str:
+    """What the demo prints at its end."""
+    count, counts = tuned["test_examples"], tuned["counts"]
+
+    def line(what: str, scores: dict[str, float]) -> str:
+        accuracy = scores["test/accuracy"]
+        low, high = wilson(accuracy, count)
+        return f"{what:<14} accuracy {accuracy:.3f}  (95 %: {low:.3f} to {high:.3f})   macro-F1 {scores['test/f1']:.3f}"
+
+    return "\n".join(
+        [
+            "",
+            f"{count} test examples, {len(tuned['classes'])} classes, of modules that the training data does not have",
+            f"{'majority class':<14} accuracy {tuned['majority']:.3f}",
+            line("linear probe", probe),
+            line(name, tuned["test"]),
+            f"{difference(tuned, probe, count)}",
+            "",
+            f"trained   {counts['trainable']:,} of {counts['total']:,} parameters ({counts['percent']:.2f} %)"
+            f" in {tuned['seconds']['fit']:.0f} s",
+            f"adapter   {tuned['adapter']['bytes'] / 1e6:.2f} MB on disk: {tuned['adapter']['path']}",
+            f'use it    lightning-peft predict --run {directory} "Open a socket and listen for connections."',
+        ]
+    )
+
+
+def difference(tuned: dict[str, Any], probe: dict[str, float], count: int) -> str:
+    """How far apart the two are, against the half-width of an interval."""
+    gap = tuned["test"]["test/accuracy"] - probe["test/accuracy"]
+    half = 1.96 * math.sqrt(max(probe["test/accuracy"] * (1 - probe["test/accuracy"]), 1e-12) / count)
+    return f"difference     {100 * gap:+.1f} points; an interval is {100 * half:.1f} points to either side"

@@ -1,0 +1,98 @@
+"""A command line given to Hydra: whose configs are found first, who reports errors, and what is left behind."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from lightning_peft import schema
+from lightning_peft.checks import ConfigError
+from lightning_peft.config import check, compose, conf_dir, found_first, groups, options
+from lightning_peft.logs import clean_logging
+
+Task = Callable[[DictConfig], Any]
+
+
+def launch(command: str, parser: argparse.ArgumentParser, argv: list[str], first: Sequence[str] = ()) -> None:
+    """Parse `argv`, compose, check, and run `command` once, or once for each job of a sweep.
+
+    first: overrides that come before the user's.
+    """
+    schema.register()
+    parser.description = (parser.description or "").replace("{groups}", ", ".join(groups()))
+    parser.description = parser.description.replace("{methods}", ", ".join(options("peft")))
+    given = parser.parse_intermixed_args(argv)
+    overrides = [*first, *given.overrides]
+    directory = own_directory(given.config_dir or given.config_path)
+    if not given.multirun:
+        compose(overrides, directory, given.config_name)  # what is wrong shows before there is a run directory
+    failed: list[Exception] = []
+    task = job(command, [sys.argv[0], command, *argv], None if given.multirun else failed)
+    main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=given.config_name)
+    with hydra_arguments([*flags(given), *overrides]), found_first(directory), clean_logging():
+        main(task)()
+    if failed:
+        raise failed[0]
+
+
+def own_directory(given: str | None) -> Path | None:
+    """The user's config directory, absolute."""
+    if given is None:
+        return None
+    if not Path(given).is_dir():
+        raise ConfigError(f"--config-dir={given} is no directory. Give one that holds groups such as peft/ or model/.")
+    return Path(given).absolute()
+
+
+def flags(given: argparse.Namespace) -> list[str]:
+    """Hydra's own options."""
+    found = ["--multirun"] if given.multirun else []
+    found += ["--cfg", given.cfg] if given.cfg else []
+    found += ["--resolve"] if given.resolve else []
+    return found + (["--package", given.package] if given.package else [])
+
+
+def job(command: str, argv: list[str], failed: list[Exception] | None) -> Task:
+    """What Hydra calls with a config. failed: takes the error, which Hydra would print with a traceback."""
+
+    def task(config: DictConfig) -> None:
+        sys.argv = argv  # the child processes of DDP are started with it
+        try:
+            check(config)
+            commands()[command](config)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed.append(error)
+
+    return task
+
+
+def commands() -> dict[str, Task]:
+    """command -> function of a config"""
+    from lightning_peft.demo import compare
+    from lightning_peft.train import run
+
+    return {"train": run, "demo": compare}
+
+
+@contextlib.contextmanager
+def hydra_arguments(arguments: list[str]) -> Iterator[None]:
+    """`sys.argv` for Hydra, which is told to raise errors instead of printing them."""
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [argv[0], *arguments], "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full

@@ -1,0 +1,212 @@
+"""conf/: generated from the registry, found wherever the package is installed, refused when it makes no sense."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Literal, Optional
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from lightning_peft import config as configs
+from lightning_peft import schema
+from lightning_peft.checks import ConfigError, check, fits
+from lightning_peft.config import build, compose, conf_dir, options
+from lightning_peft.core.method import REGISTRY
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(conf_dir().rglob("*.yaml"))
+HERE = "run_dir=."
+
+
+def composed(*overrides, **kwargs):
+    return compose([HERE, *overrides], **kwargs)
+
+
+def test_the_group_peft_is_the_registry():
+    assert options("peft") == sorted(REGISTRY)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_files_are_what_the_generator_writes(name):
+    assert (conf_dir() / "peft" / f"{name}.yaml").read_text("utf-8") == schema.yaml_text(REGISTRY[name])
+
+
+def test_the_generator_writes_all_files(tmp_path):
+    assert [path.stem for path in schema.write(tmp_path / "peft")] == options("peft")
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_an_entry_is_the_method_with_its_defaults(name):
+    method = build(composed(f"peft={name}").peft)
+    assert type(method) is REGISTRY[name]
+    assert method.config() == REGISTRY[name]().config()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_file_says_what_it_is_and_shows_a_command(path):
+    head = [line for line in path.read_text("utf-8").splitlines()[:8] if line.startswith("# ")]
+    head = [line for line in head if not line.startswith("# @package")]
+    assert len(head[0]) > 12
+    command = next(line for line in head if line.startswith("# lightning-peft "))
+    if path.parent.name != "conf" and "demo" not in command:
+        used = re.findall(rf"{path.parent.name}=(\w+)", command)
+        assert path.stem in used or path.parent.name in ("model", "data", "trainer"), command
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_every_choice_composes(index):
+    groups = ("optimizer", "scheduler", "strategy", "precision", "trainer", "logger")
+    chosen = [f"{group}={options(group)[index % len(options(group))]}" for group in groups]
+    assert composed(*chosen).optimizer._partial_ is True
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_experiment_composes(name):
+    extra = ["data.path=pairs.jsonl"] if name == "instructions" else []
+    assert composed(f"experiment={name}", *extra).peft is not None
+
+
+@pytest.mark.parametrize("name", options("data"))
+def test_every_data_set_composes(name):
+    missing = {"hf": ["data.name=ag_news"], "instructions": ["data.path=a.jsonl", "model=tiny_gpt2"]}
+    extra = missing.get(name, ["model=tiny_vit"] if name == "digits" else [])
+    assert composed(f"data={name}", *extra).task._target_
+
+
+ERRORS = {
+    "peft.rank=abc": "peft.rank=abc.*abc.*Integer",
+    "peft.rnak=3": "Did you mean 'rank'.*Known: targets,.*alpha",
+    "peft=lroa": "Did you mean 'lora'.*Known: bitfit, full,.*prompt_tuning",
+    "pfet=lora": "Did you mean 'peft'.*Known:.*optimizer",
+    "peft.init=foo": "peft.init='foo'.*one of 'kaiming', 'gaussian'",
+    "peft.targets=3": r"peft.targets=3.*str \| list\[str\] \| None",
+    "peft.rank=-1": "rank=-1.*above 0",
+    "peft.dropout=2": "dropout=2.*probability",
+    "trainer.max_epoch=3": "Did you mean 'max_epochs'",
+    "trainer.max_epochs=a": "trainer.max_epochs='a'.*int",
+    "optimizer.lr=x": "optimizer.lr='x'.*float",
+    "+optimizer.foo=1": "optimizer.foo.*no such argument. Known: params, lr",
+    "scheduler.warmup=x": "scheduler.warmup='x'.*float",
+    "optimizer._target_=torch.optim.Foo": "optimizer._target_='torch.optim.Foo'.*no class",
+    "optimizer._target_=broken_on_import.Foo": "cannot be imported.*no way",
+    "data=digits": "for image, this model for classification. Models for image: hf, small_vit, tiny_vit",
+    "data=hf": "No value for data.name. Give data.name=...",
+    "model=foo": "Known: hf, minilm",
+    "peft=[": "'peft=\\[' is no override",
+    "peft.rank": "'peft.rank' is no override",
+    "peft.targets=q,v": r"peft.targets.*list.*\[q,v\].*--multirun",
+    "~nope": "nope",
+}
+
+
+@pytest.mark.parametrize("override", ERRORS)
+def test_what_is_wrong_shows_at_composition_with_the_choices(override, tmp_path, monkeypatch):
+    (tmp_path / "broken_on_import.py").write_text("raise RuntimeError('no way')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=ERRORS[override]) as error:
+        composed(override)
+    assert "\n" not in str(error.value)
+
+
+def test_tables_of_a_method_take_new_keys():
+    method = build(composed("peft.ranks={q: 3}", "peft.targets=[q,v]", "peft.layers=[0,1]").peft)
+    assert (method.ranks, method.targets, method.layers) == ({"q": 3}, ["q", "v"], [0, 1])
+    with pytest.raises(ConfigError, match="ranks"):
+        composed("peft.ranks={q: many}")
+
+
+def test_a_second_method_is_a_callback():
+    fields = {"heads": None, "bottleneck": 16}
+    assert build(composed("experiment=two_methods").callbacks.second).config() == REGISTRY["parallel"](**fields).config()
+
+
+def test_a_run_without_a_method():
+    assert "peft" not in composed("~peft")
+
+
+def test_the_users_directory_is_found_first(tmp_path):
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "adamw.yaml").write_text("_target_: torch.optim.SGD\n_partial_: true\nlr: 7.0\n")
+    config = composed(directory=tmp_path)
+    assert (config.optimizer.lr, config.peft.rank) == (7.0, 8)
+
+
+def test_no_configs_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(configs, "PLACES", (tmp_path,))
+    with pytest.raises(ConfigError, match="Install lightning-peft again"):
+        conf_dir()
+
+
+def test_build_gives_the_constructors_own_error():
+    with pytest.raises(ValueError, match="label_smoothing|num_classes=1"):
+        build({"_target_": "lightning_peft.tasks.TextClassification", "num_classes": 1}, model=None)
+    with pytest.raises(ConfigError, match="callable"):
+        build({"_target_": 3})
+
+
+def test_kinds_are_optional():
+    check(OmegaConf.create({"kind": "sound", "peft": None}), {})
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "good"),
+    [
+        (int, 3, True),
+        (int, True, False),
+        (float, 3, True),
+        (Optional[int], None, True),  # noqa: UP045
+        (int | str, 1.5, False),
+        (Literal["a", "b"], "c", False),
+        (list[int], [1], True),
+        (list[int], 1, False),
+        (Path, "x", False),
+        (dict[str, int], {"a": 1}, True),
+    ],
+)
+def test_values_against_annotations(hint, value, good):
+    assert fits(value, hint) is good
+
+
+def test_schemas_are_in_the_config_store():
+    schema.register()
+    assert {name.removesuffix(".yaml") for name in ConfigStore.instance().list(schema.GROUP)} == set(REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("hint", "wanted"),
+    [
+        (Literal["a", "b"], str),
+        (Literal["a", 1], object),
+        (int | None, Optional[int]),  # noqa: UP045
+        (str | list[str] | None, object),
+        (list[int], list[int]),
+        (dict[str, float], dict[str, float]),
+    ],
+)
+def test_types_for_omegaconf(hint, wanted):
+    found = schema.config_type(hint)
+    assert found == wanted or (wanted is object and "Any" in str(found))
+
+
+@pytest.mark.slow
+def test_the_wheel_ships_conf(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        shipped = {name for name in wheel.namelist() if name.startswith("lightning_peft/conf/")}
+        wheel.extractall(tmp_path / "site")
+    assert shipped == {f"lightning_peft/conf/{path.relative_to(conf_dir()).as_posix()}" for path in FILES}
+    code = "import lightning_peft.config as c; print(c.conf_dir()); print(c.compose(['run_dir=.']).peft.rank)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / "site" / "lightning_peft" / "conf"), "8"]
