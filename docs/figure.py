@@ -8,7 +8,9 @@ INK, LINE, BASE, OURS, SOFT = "#1f2933", "#7b8794", "#e4e7eb", "#cde7d8", "#f5f7
 FONT = 'font-family="DejaVu Sans, Helvetica, Arial, sans-serif"'
 
 
-def box(x: float, y: float, w: float, h: float, lines: list[str], fill: str = BASE, size: int = 13, dash: bool = False) -> str:
+def box(
+    x: float, y: float, w: float, h: float, lines: list[str], fill: str = BASE, size: int = 13, dash: bool = False
+) -> str:
     dashed = ' stroke-dasharray="5 4"' if dash else ""
     top = y + h / 2 - (len(lines) - 1) * (size + 4) / 2 + size / 3
     text = "".join(
@@ -84,7 +86,9 @@ def draw() -> str:
     )
     body = life_cycle() + around() + house()
     frame = '<rect width="1070" height="396" fill="white"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1070 396" {FONT}>{head}{frame}{body}</svg>\n'.replace("><", ">\n<")
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1070 396" {FONT}>{head}{frame}{body}</svg>\n'.replace(
+        "><", ">\n<"
+    )
 
 
 if __name__ == "__main__":

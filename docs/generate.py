@@ -39,7 +39,9 @@ def methods_table() -> str:
 def footer() -> str:
     today = datetime.date.today().isoformat()
     versions = f"lightning_peft {lightning_peft.__version__}, torch {torch.__version__.split('+')[0]}"
-    return f"*`{COMMAND}`, {versions}, transformers {transformers.__version__}, {today}; each method with its defaults.*"
+    return (
+        f"*`{COMMAND}`, {versions}, transformers {transformers.__version__}, {today}; each method with its defaults.*"
+    )
 
 
 def with_table(text: str, table: str) -> str:

@@ -75,18 +75,21 @@ class PEFT(Method, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         audit(trainer, pl_module)
         if self._leads(pl_module):
+            vars(self).update(_masks=any(True for _ in state.masked(pl_module)), _checked_gradients=False)
             self._resume.install(trainer)
             announce(trainer, pl_module)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._leads(pl_module):
+        if not self._leads(pl_module):
+            return
+        if vars(self)["_masks"]:
             state.mask_gradients(pl_module)
-            if not vars(self).get("_checked_gradients"):
-                vars(self)["_checked_gradients"] = True
-                warn_without_gradient(pl_module)
+        if not vars(self).get("_checked_gradients"):
+            vars(self)["_checked_gradients"] = True
+            warn_without_gradient(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._leads(pl_module):
+        if self._leads(pl_module) and vars(self)["_masks"]:
             state.restore_unselected(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -98,9 +101,8 @@ class PEFT(Method, Callback):
             self._resume.on_train_epoch_start()
 
     def _leads(self, pl_module: pl.LightningModule) -> bool:
-        """Whether this is the first of the methods on the module: what concerns them all is done once."""
-        first = next(iter(state.applied_to(pl_module).values()), None)
-        return first is not None and first.method is self
+        """Whether this is the first of the Trainer's methods: what concerns them all is done once."""
+        return leader(pl_module) is self
 
     @property
     def _resume(self) -> ExactResume:
@@ -127,8 +129,7 @@ class PEFT(Method, Callback):
         if model is not None:
             checkpoint.check_base(model, self.name_on_model, state_dict.get("fingerprint"))
         if "rng" in state_dict and model is not None:
-            leader = next(iter(state.applied_to(model).values())).method
-            leader._resume.load_state_dict(state_dict["rng"])  # type: ignore[attr-defined]
+            (leader(model) or self)._resume.load_state_dict(state_dict["rng"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Configuration only: what belongs to a run stays with it."""
@@ -136,6 +137,11 @@ class PEFT(Method, Callback):
 
 
 # ------------------------------------------------------------------ pieces of the life cycle
+def leader(pl_module: pl.LightningModule) -> PEFT | None:
+    trainer = pl_module._trainer
+    return None if trainer is None else next((c for c in trainer.callbacks if isinstance(c, PEFT)), None)  # type: ignore[attr-defined]
+
+
 def inject(pl_module: pl.LightningModule) -> None:
     """Apply every pending method once; called when the module is completely built."""
     for name, parameter in pl_module.named_parameters():

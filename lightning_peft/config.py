@@ -1,6 +1,6 @@
 """From words on a command line to a checked config: where conf/ is, how it is composed, and what is wrong with it.
 
-    config = compose(["peft=lora", "peft.rank=4", "run_dir=runs/first"])     # the config of `lightning-peft train`
+config = compose(["peft=lora", "peft.rank=4", "run_dir=runs/first"])     # the config of `lightning-peft train`
 """
 
 from __future__ import annotations

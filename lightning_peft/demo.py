@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+from typing_extensions import override
 
 from lightning_peft.checks import ConfigError
 from lightning_peft.config import build
@@ -19,6 +23,7 @@ from lightning_peft.results import wilson
 from lightning_peft.tasks.pooling import PooledClassifier, pool
 from lightning_peft.train import build_task, run
 
+log = logging.getLogger("lightning_peft")
 PENALTIES = [3.0 * 10**power * step for power in range(-5, -1) for step in (1, 10 / 3)]
 """Of the squared weights: 3e-5, 1e-4, 3e-4, ..., 0.1"""
 
@@ -49,17 +54,49 @@ def method_name(config: DictConfig) -> str:
 
 
 # ------------------------------------------------------------------ the probe
-def linear_probe(config: DictConfig) -> dict[str, float]:
-    """min over W, b of mean cross entropy(W x + b) + penalty |W|^2, to the minimum, on features x of the frozen model
+class Probe(NamedTuple):
+    """W (classes, width) and b (classes,) for the features as they are, and what they score."""
 
-    The penalty and whether features are standardised are what scores best on the validation split.
-    """
+    weight: Tensor
+    bias: Tensor
+    scores: dict[str, float]
+
+
+def linear_probe(config: DictConfig) -> dict[str, float]:
+    """The scores of the best probe of the frozen model."""
     data = build(config.data)
     data.setup("fit")
-    splits = features(pooled(build_task(config, data.classes).eval().model), data)
+    model = pooled(build_task(config, data.classes).eval().model)
+    return best_probe(features(model, data, ("train", "val", "test")), len(data.classes)).scores
+
+
+def best_probe(splits: dict[str, Split], classes: int) -> Probe:
+    """The penalty, and whether features are standardised, are what scores best on the validation split."""
     tries = [(scaled, penalty) for scaled in (False, True) for penalty in PENALTIES]
-    fitted = [evaluate(splits, scaled, penalty, len(data.classes)) for scaled, penalty in tries]
-    return max(fitted, key=lambda scores: scores["val/accuracy"])
+    fitted = [fit(splits, scaled, penalty, classes) for scaled, penalty in tries]
+    return max(fitted, key=lambda probe: probe.scores["val/accuracy"])
+
+
+class ProbedHead(pl.Callback):
+    """Start the head at the linear probe of the model, then fine-tune both.
+
+    A head that starts at random pulls the features towards itself first, which costs most on data unlike the training
+    data. Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution. Kumar et al., ICLR 2022.
+    https://arxiv.org/abs/2202.10054
+    """
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is not None:
+            return  # the checkpoint has a head
+        model, data = pooled(pl_module.model), trainer.datamodule  # type: ignore[attr-defined]
+        training = model.training
+        probe = best_probe(features(model.eval(), data, ("train", "val")), model.head.out_features)
+        model.train(training)
+        with torch.no_grad():
+            model.head.weight.copy_(probe.weight)
+            model.head.bias.copy_(probe.bias)
+        log.info("head: starts at the linear probe, val/accuracy %.4f", probe.scores["val/accuracy"])
 
 
 def pooled(model: Any) -> PooledClassifier:
@@ -73,38 +110,42 @@ def pooled(model: Any) -> PooledClassifier:
 
 
 @torch.no_grad()
-def features(model: PooledClassifier, data: Any) -> dict[str, Split]:
+def features(model: PooledClassifier, data: Any, names: Sequence[str]) -> dict[str, Split]:
     """split -> what the head sees"""
-    loaders = {"train": data.train_dataloader(), "val": data.val_dataloader(), "test": data.test_dataloader()}
-    found = {}
-    for name, loader in loaders.items():
+    device, found = model.head.weight.device, {}
+    for name in names:
         parts = []
-        for batch in loader:
-            mask = batch["attention_mask"]
-            hidden = model.backbone(input_ids=batch["input_ids"], attention_mask=mask)
-            parts.append((pool(getattr(hidden, "last_hidden_state", hidden), mask, model.pooling), batch["labels"]))
-        inputs, labels = zip(*parts, strict=True)
-        found[name] = Split(torch.cat(inputs), torch.cat(labels))
+        for batch in getattr(data, f"{name}_dataloader")():
+            ids, mask, labels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
+            hidden = model.backbone(input_ids=ids, attention_mask=mask)
+            parts.append((pool(getattr(hidden, "last_hidden_state", hidden), mask, model.pooling), labels))
+        inputs, targets = zip(*parts, strict=True)
+        found[name] = Split(torch.cat(inputs), torch.cat(targets))
     return found
 
 
-def evaluate(splits: dict[str, Split], scaled: bool, penalty: float, classes: int) -> dict[str, float]:
-    """Fit on "train" -> accuracy and macro-F1 on the other two."""
-    mean, std = splits["train"].features.mean(0), splits["train"].features.std(0).clamp(min=1e-6)
-    ready = {k: Split((s.features - mean) / std if scaled else s.features, s.labels) for k, s in splits.items()}
-    weight, bias = logistic_regression(*ready["train"], penalty, classes)
+def fit(splits: dict[str, Split], scaled: bool, penalty: float, classes: int) -> Probe:
+    """Fit on "train" -> the probe, with accuracy and macro-F1 on the other splits"""
+    inputs, labels = splits["train"]
+    mean, std = inputs.mean(0) * scaled, inputs.std(0).clamp(min=1e-6) if scaled else torch.ones_like(inputs[0])
+    weight, bias = logistic_regression((inputs - mean) / std, labels, penalty, classes)
+    weight = weight / std
+    bias = bias - weight @ mean
     scores: dict[str, float] = {"penalty": penalty, "scaled": scaled}
-    for name in ("val", "test"):
-        logits, labels = F.linear(ready[name].features, weight, bias), ready[name].labels
+    for name in splits.keys() - {"train"}:
+        logits, labels = F.linear(splits[name].features, weight, bias), splits[name].labels
         scores[f"{name}/accuracy"] = multiclass_accuracy(logits, labels, classes, average="micro").item()
         scores[f"{name}/f1"] = multiclass_f1_score(logits, labels, classes, average="macro").item()
-    return scores
+    return Probe(weight, bias, scores)
 
 
 def logistic_regression(inputs: Tensor, labels: Tensor, penalty: float, classes: int) -> tuple[Tensor, Tensor]:
-    """inputs (examples, width) -> W (classes, width), b (classes,) at the minimum, by L-BFGS"""
-    weight = torch.zeros(classes, inputs.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
+    """W (classes, width), b (classes,) at the minimum of mean cross entropy(W x + b) + penalty |W|^2, by L-BFGS
+
+    inputs: (examples, width)
+    """
+    weight = inputs.new_zeros(classes, inputs.shape[1], requires_grad=True)
+    bias = inputs.new_zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")
 
     def closure() -> float:
@@ -148,4 +189,5 @@ def difference(tuned: dict[str, Any], probe: dict[str, float], count: int) -> st
     """How far apart the two are, against the half-width of an interval."""
     gap = tuned["test"]["test/accuracy"] - probe["test/accuracy"]
     half = 1.96 * math.sqrt(max(probe["test/accuracy"] * (1 - probe["test/accuracy"]), 1e-12) / count)
-    return f"difference     {100 * gap:+.1f} points; an interval is {100 * half:.1f} points to either side"
+    verdict = "beyond it" if abs(gap) > half else "within it"
+    return f"difference     {100 * gap:+.1f} points; the 95 % interval is {100 * half:.1f} to either side: {verdict}"

@@ -1,9 +1,9 @@
 """One fine-tuning run, from a composed config to a run directory.
 
-    config.yaml       what was run, resolved        metrics.csv          every logged value
-    train.log         what was said                 learning_curve.png   a picture of it
-    checkpoints/      best.ckpt, last.ckpt          adapter/             what was trained, to load on the base again
-    results.json      the test, counts, sizes, times, versions
+config.yaml       what was run, resolved        metrics.csv          every logged value
+train.log         what was said                 learning_curve.png   a picture of it
+checkpoints/      best.ckpt, last.ckpt          adapter/             what was trained, to load on the base again
+results.json      the test, counts, sizes, times, versions
 """
 
 from __future__ import annotations

@@ -93,11 +93,18 @@ def test_results(finished):
 
 
 def test_nothing_is_left_open(finished):
-    assert not [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler) and "run" in h.baseFilename]
+    assert not [
+        h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler) and "run" in h.baseFilename
+    ]
 
 
 def test_a_run_goes_on_from_a_checkpoint(finished):
-    more = ["peft.targets=all-linear", "ckpt_path=run/checkpoints/last.ckpt", "trainer.max_epochs=7", "data.batch_size=8"]
+    more = [
+        "peft.targets=all-linear",
+        "ckpt_path=run/checkpoints/last.ckpt",
+        "trainer.max_epochs=7",
+        "data.batch_size=8",
+    ]
     assert cli.main([*TEXT, *more, "hydra.run.dir=more"]) == 0
     steps = [max(step for step, _ in curve.read(path / "metrics.csv")["val/loss"]) for path in (finished, Path("more"))]
     assert steps[1] * 6 == pytest.approx(steps[0] * 7, abs=7)
@@ -113,7 +120,13 @@ def test_wandb():
 
 
 def test_a_language_model(capsys):
-    overrides = ["experiment=instructions", "data.path=pairs.jsonl", "trainer=debug", "task.max_new_tokens=3", *QUIET[:1]]
+    overrides = [
+        "experiment=instructions",
+        "data.path=pairs.jsonl",
+        "trainer=debug",
+        "task.max_new_tokens=3",
+        *QUIET[:1],
+    ]
     assert cli.main(["train", *overrides, "hydra.run.dir=words"]) == 0
     assert (Path("words") / "adapter" / "adapter.json").is_file()
     assert not Path("words/learning_curve.png").exists()  # debug runs log nothing
@@ -124,7 +137,9 @@ def test_a_language_model(capsys):
 
 def test_images(capsys):
     pytest.importorskip("sklearn")
-    assert cli.main(["train", "model=tiny_vit", "data=digits", "trainer=debug", *QUIET[:1], "hydra.run.dir=digits"]) == 0
+    assert (
+        cli.main(["train", "model=tiny_vit", "data=digits", "trainer=debug", *QUIET[:1], "hydra.run.dir=digits"]) == 0
+    )
     assert json.loads(Path("digits/results.json").read_text())["test_examples"] > 100
     capsys.readouterr()
     assert cli.main(["predict", "--run", "digits", "a seven"]) == 1
@@ -269,7 +284,14 @@ def test_an_unknown_model(tmp_path, capsys):
 
 # ------------------------------------------------------------------ the demo
 def test_demo(capsys):
-    small = ["model=tiny_bert", "data=csv", "data.path=reviews.csv", "trainer.max_epochs=1", *QUIET, "hydra.run.dir=demo"]
+    small = [
+        "model=tiny_bert",
+        "data=csv",
+        "data.path=reviews.csv",
+        "trainer.max_epochs=1",
+        *QUIET,
+        "hydra.run.dir=demo",
+    ]
     assert cli.main(["demo", *small]) == 0
     out = capsys.readouterr().out
     assert all(words in out for words in ("linear probe", "LoRA", "95 %", "macro-F1", "majority", "predict --run"))

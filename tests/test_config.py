@@ -121,7 +121,9 @@ def test_tables_of_a_method_take_new_keys():
 
 def test_a_second_method_is_a_callback():
     fields = {"heads": None, "bottleneck": 16}
-    assert build(composed("experiment=two_methods").callbacks.second).config() == REGISTRY["parallel"](**fields).config()
+    assert (
+        build(composed("experiment=two_methods").callbacks.second).config() == REGISTRY["parallel"](**fields).config()
+    )
 
 
 def test_a_run_without_a_method():

@@ -139,7 +139,6 @@ def test_what_a_method_or_an_adapter_must_define() -> None:
         Takeover(nn.Linear(1, 1)).rewritten()
     with pytest.raises(NotMergeableError, match="cannot be folded into a weight"):
         Adapter().delta(torch.ones(1, 1))
-    assert BitFit().extra_loss(nn.Linear(1, 1), None, None) is None
 
 
 def test_attach_and_detach() -> None:
@@ -186,6 +185,9 @@ def test_removing_without_the_originals_names_the_way_out() -> None:
     with pytest.raises(LabelError, match=r"keep_base=False.*unload"):
         FullFineTuning().remove(net)
     assert list(state.applied_to(net)) == ["full"]
+    with pytest.raises(LabelError, match=r"keep_base=False.*cannot be switched"):
+        FullFineTuning().enabled(net, False)
+    assert torch.equal(output(net, "mlp"), expected)
     unload(net, "full")
     assert torch.equal(output(net, "mlp"), expected)
     assert state.applied_to(net) == {}

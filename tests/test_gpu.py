@@ -10,7 +10,7 @@ import torch
 import zoo
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import lightning_peft.methods
+import lightning_peft.methods  # noqa: F401  fills the registry
 from lightning_peft import LoRA, load_adapter, save_adapter
 from lightning_peft.core import state
 from lightning_peft.core.method import REGISTRY

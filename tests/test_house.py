@@ -26,7 +26,16 @@ LAYERS = {  # a file may import from its own layer's number and below
     "tasks": 4,
 }
 HIGHEST = 9
-FORBIDDEN_IN_CORE = {"lightning", "hydra", "omegaconf", "wandb", "bitsandbytes", "transformers", "torchmetrics", "numpy"}
+FORBIDDEN_IN_CORE = {
+    "lightning",
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "bitsandbytes",
+    "transformers",
+    "torchmetrics",
+    "numpy",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -53,7 +62,9 @@ def test_imports_run_one_way(path: Path) -> None:
     own = layer("lightning_peft." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."))
     for name in imports(path):
         if name.startswith("lightning_peft."):
-            assert layer(name) <= own or name == "lightning_peft.methods", f"{path.name} imports {name}, which is above it"
+            assert layer(name) <= own or name == "lightning_peft.methods", (
+                f"{path.name} imports {name}, which is above it"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "core"], ids=lambda p: p.name)
@@ -94,7 +105,9 @@ def test_every_method_is_public_and_says_what_it_is() -> None:
         assert getattr(lightning_peft, cls.__name__) is cls
         assert cls.__name__ in lightning_peft.methods.__all__
         assert cls.info.equation, name
-        assert cls.info.equation != (cls.__base__.__doc__ or "").partition("\n")[0], f"{name} has no docstring of its own"
+        assert cls.info.equation != (cls.__base__.__doc__ or "").partition("\n")[0], (
+            f"{name} has no docstring of its own"
+        )
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_peft import (
+    IA3,
     BitFit,
     FullFineTuning,
     LinearProbe,
@@ -270,6 +271,23 @@ def test_a_checkpoint_loads_without_a_trainer(tmp_path: Path) -> None:
         load_checkpoint(boring.Boring(), tmp_path / "weights.ckpt")
     fresh = load_checkpoint(boring.Boring(), tmp_path / "weights.ckpt", [LoRA(rank=2), BitFit()])
     assert boring.largest_difference(boring.tensors(module), boring.tensors(fresh)) == 0
+
+
+def test_a_method_beside_a_frozen_one_that_was_loaded_resumes_exactly(tmp_path: Path) -> None:
+    first = boring.Boring()
+    fit(tmp_path, first, LoRA(rank=2, label="old", heads=None))
+    save_adapter(first, tmp_path / "old", "old")
+    results = []
+    for ckpt in (None, tmp_path / "step=3.ckpt"):
+        module = boring.Boring()
+        load_adapter(module, tmp_path / "old")
+        old = boring.tensors(module)
+        torch.manual_seed(0 if ckpt is None else 99)
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        fit(tmp_path, module, IA3(), saver, ckpt=ckpt and str(ckpt))
+        results.append(boring.tensors(module))
+        assert all(torch.equal(results[-1][name], tensor) for name, tensor in old.items() if ".old." in name)
+    assert boring.largest_difference(*results) == 0
 
 
 # ------------------------------------------------------------------ what must not pass silently

@@ -143,10 +143,6 @@ class Method:
         """The methods that this one is made of; they act under its label."""
         return ()
 
-    def extra_loss(self, model: nn.Module, outputs: Any, batch: Any) -> Tensor | None:
-        """A term that is added to the loss of a training step; outputs is what `training_step` returned."""
-        return None
-
     def portable(self) -> Method:
         """The method as which collapsed adapters are loaded again (`Adapter.collapsed`); usually itself."""
         return self
