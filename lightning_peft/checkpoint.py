@@ -27,7 +27,7 @@ def model_state(module: nn.Module, full: Mapping[str, Tensor]) -> dict[str, Tens
     if not state.applied_to(module):
         return dict(full)
     kept = state.saved(module)
-    return {name: tensor for name, tensor in full.items() if name in kept}
+    return {name: kept[name] for name in full if name in kept}
 
 
 def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: bool = True) -> None:

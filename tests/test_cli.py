@@ -9,6 +9,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -306,6 +307,30 @@ def test_the_probe_is_at_its_minimum():
     weight, bias = (p.requires_grad_() for p in demo.logistic_regression(inputs, labels, 0.01, 3))
     loss = torch.nn.functional.cross_entropy(inputs @ weight.T + bias, labels) + 0.01 * weight.square().sum()
     assert all(g.abs().max() < 1e-3 for g in torch.autograd.grad(loss, (weight, bias)))
+
+
+class Lookup(torch.nn.Embedding):
+    """ids (batch, time) -> (batch, time, width)"""
+
+    def forward(self, input_ids, attention_mask):
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("ckpt_path", [None, "last.ckpt"])
+def test_the_head_starts_at_the_probe(ckpt_path):
+    torch.manual_seed(0)
+    ids, labels = torch.arange(8).unsqueeze(1), torch.arange(8) % 2
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    data = SimpleNamespace(train_dataloader=lambda: [batch], val_dataloader=lambda: [batch])
+    model = PooledClassifier(Lookup(8, 16), 16, 2)
+    before = model.head.weight.clone()
+    trainer = SimpleNamespace(ckpt_path=ckpt_path, datamodule=data)
+    demo.ProbedHead().on_fit_start(trainer, SimpleNamespace(model=model))
+    assert model.training
+    if ckpt_path:
+        assert torch.equal(model.head.weight, before)
+    else:
+        assert torch.equal(model.eval()(ids, attention_mask=torch.ones_like(ids)).argmax(1), labels)
 
 
 def test_the_probe_needs_pooled_features():

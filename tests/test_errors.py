@@ -220,9 +220,6 @@ def test_targets_at_which_a_method_cannot_act(model: str, method: Callable[[], P
     assert differences(before, snapshot(net)) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="any site with an `up` of its width in the block is taken; the forward then fails"
-)
 def test_a_parallel_adapter_beside_anything_but_a_feed_forward_layer() -> None:
     net = zoo.build("bert")
     with pytest.raises(TargetError, match="needs the feed-forward layer"):

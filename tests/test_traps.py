@@ -1420,9 +1420,6 @@ def test_every_bias_trains_beside_lora_and_comes_back() -> None:
     assert differences(before, snapshot(net)) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a checkpoint made while a method that trains in place is off holds the base's values"
-)
 def test_what_a_checkpoint_keeps_does_not_depend_on_a_switch() -> None:
     net, method = adapted("bitfit", "bert")
     perturb(net, 0.3)
@@ -1432,7 +1429,6 @@ def test_what_a_checkpoint_keeps_does_not_depend_on_a_switch() -> None:
     assert moved(expected, kept) == set()
 
 
-@pytest.mark.xfail(strict=True, reason="one label on two parts: from the whole only the first is seen, and removed")
 def test_one_label_on_two_parts_is_not_mistaken_for_one() -> None:
     net = Towers()
     LoRA(rank=2, heads=None).apply(net.a)

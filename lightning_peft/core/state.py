@@ -235,12 +235,15 @@ def applied_to(model: nn.Module) -> dict[str, Applied]:
 
 def get_applied(model: nn.Module, label: str | None = None) -> Applied:
     """The method applied under `label`; without a label, the only one there is."""
-    applied = applied_to(model)
-    if label is None and len(applied) == 1:
-        return next(iter(applied.values()))
-    if label is None or label not in applied:
-        raise LabelError(f"label={label!r} names no method on this {type(model).__name__}; known: {list(applied)}.")
-    return applied[label]
+    everything = all_applied(model)
+    named = [applied for applied in everything if label in (None, applied.label)]
+    if len(named) == 1:
+        return named[0]
+    known = [applied.label for applied in everything]
+    what = "names several methods" if named else "names no method"
+    raise LabelError(
+        f"label={label!r} {what} on this {type(model).__name__}; known: {known}. Name one, on its own part."
+    )
 
 
 def registry_with(model: nn.Module, applied: Applied) -> Registry:
@@ -263,7 +266,8 @@ def saved(model: nn.Module) -> dict[str, Tensor]:
     """name -> tensor for what a checkpoint needs beside the base: adapters, trained base parameters, changed
     buffers.
     """
-    return {name: tensor.detach() for name, tensor in _kept(model).items()}
+    off = {id(s.parameter): s.trained for a in all_applied(model) for s in a.selected if s.trained is not None}
+    return {name: off.get(id(tensor), tensor).detach() for name, tensor in _kept(model).items()}
 
 
 def _kept(model: nn.Module) -> dict[str, Tensor]:

@@ -71,8 +71,13 @@ class ParallelAdapter(PEFT, name="parallel", family="additive", paper="2110.0436
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         for site in sites:
-            entry = sites.sibling(site, "up")
-            if entry is None or entry.in_features != site.out_features:
+            entry, down = sites.sibling(site, "up"), sites.sibling(site, "down")
+            if (
+                entry is None
+                or down is None
+                or down.module is not site.module
+                or entry.in_features != down.out_features
+            ):
                 raise TargetError(
                     f"ParallelAdapter needs the feed-forward layer around {site.name!r}: an `up` projection in the "
                     f"same block "
