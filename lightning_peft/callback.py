@@ -9,14 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_peft import checkpoint
 from lightning_peft.core import state
-from lightning_peft.core.method import Method, NothingToTrainError
+from lightning_peft.core.method import Method, NothingToTrainError, freeze
 from lightning_peft.resume import ExactResume
 
 log = logging.getLogger("lightning_peft")
@@ -39,6 +39,7 @@ class PEFT(Method, Callback):
     # -------------------------------------------------------------- injection
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_strategy(trainer.strategy)
+        check_callbacks(trainer)
         lend(trainer.strategy, pl_module)
         patches: list[Any] = vars(pl_module).setdefault("_peft_pending", [])
         if not patches:
@@ -69,7 +70,10 @@ class PEFT(Method, Callback):
 
     @property
     def state_key(self) -> str:
-        return f"lightning_peft.{self.name_on_model}"
+        """By label; before the first run by instance, so that a label given twice is our error and not the
+        Trainer's.
+        """
+        return f"lightning_peft.{self.name_on_model if '_module' in vars(self) else id(self)}"
 
     # -------------------------------------------------------------- audit
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -128,6 +132,7 @@ class PEFT(Method, Callback):
             )
         if model is not None:
             checkpoint.check_base(model, self.name_on_model, state_dict.get("fingerprint"))
+            checkpoint.check_config(model, self.name_on_model, state_dict.get("config", {}))
         if "rng" in state_dict and model is not None:
             (leader(model) or self)._resume.load_state_dict(state_dict["rng"])
 
@@ -151,18 +156,35 @@ def inject(pl_module: pl.LightningModule) -> None:
                 f"the end of "
                 "configure_model (to_empty, then load_state_dict), so that adapters go onto real weights."
             )
-    for method in vars(pl_module).get("_peft_pending", []):
+    pending: list[PEFT] = vars(pl_module).get("_peft_pending", [])
+    if any(not state.reachable(pl_module, applied) for applied in state.all_applied(pl_module)):
+        state.drop(pl_module)  # `setup` or `configure_model` built the network anew: the adapted one is gone
+    for method in pending:
         vars(method)["_module"] = weakref.ref(pl_module)
         known = state.applied_to(pl_module).get(method.name_on_model)
-        if known is not None and resumable(known, method):
-            known.method = method
-        else:
-            method.apply(pl_module)
+        if known is None or (known.method is not method and known.method in pending):
+            method.apply(pl_module)  # which says so if the label is taken
+        elif known.method is not method:
+            adopt(pl_module, known, method)
+    for label, applied in state.applied_to(pl_module).items():
+        if applied.trainable and applied.method not in pending:
+            log.warning("%r trains too: it was applied before and is not among the Trainer's callbacks.", label)
 
 
-def resumable(known: state.Applied, method: Method) -> bool:
-    """Whether an equal method was put on this module before, by another Trainer or by `load_adapter`."""
-    return type(known.method) is type(method) and known.method.config() == method.config()
+def adopt(pl_module: pl.LightningModule, known: state.Applied, method: PEFT) -> None:
+    """Go on with a method that was put on this module by another Trainer, by `apply` or by `load_adapter`."""
+    before, now = known.method.config(), method.config()
+    other = {name: (before[name], now[name]) for name in now if name != "label" and before.get(name) != now[name]}
+    if type(known.method) is not type(method) or other:
+        shown = ", ".join(f"{name}: {old!r} on the model, {new!r} now" for name, (old, new) in other.items())
+        raise LifeCycleError(
+            f"{known.label!r} is on this {type(pl_module).__name__} already, as {type(known.method).__name__} with "
+            f"other "
+            f"settings ({shown}). Use the same, `remove` it from the module first, or give the new one a label of "
+            f"its own."
+        )
+    known.method, known.trainable = method, True
+    freeze(pl_module)
 
 
 def unpatch(pl_module: pl.LightningModule) -> None:
@@ -185,6 +207,16 @@ def check_strategy(strategy: Strategy) -> None:
         "the wrong parameters). Known: SingleDeviceStrategy, DDPStrategy, and strategies made with PEFTStrategyMixin "
         "(strategy='peft_single_device', 'peft_ddp')."
     )
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            raise LifeCycleError(
+                f"{type(callback).__name__} copies the whole model and writes the copy into checkpoints, the "
+                f"frozen base "
+                "included. It does not work beside a PEFT method; leave one of the two out."
+            )
 
 
 def lend(strategy: Strategy, pl_module: pl.LightningModule) -> None:
@@ -270,6 +302,12 @@ def check_something_trains(pl_module: pl.LightningModule) -> None:
 
 def audit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """What trains = what the methods chose = what the optimizers hold; equal names and values on all ranks."""
+    for label, applied in state.applied_to(pl_module).items():
+        if applied.trainable and not applied.cell.on:
+            raise LifeCycleError(
+                f"{label!r} is merged or switched off, so its adapters would not train. Unmerge it or switch it on "
+                f"first."
+            )
     wanted = state.trainable(pl_module)
     moving = {name for name, p in pl_module.named_parameters() if p.requires_grad}
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}

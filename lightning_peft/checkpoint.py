@@ -26,8 +26,8 @@ def model_state(module: nn.Module, full: Mapping[str, Tensor]) -> dict[str, Tens
     """The entries of the module's state dict that a checkpoint keeps; all of them where no method is applied."""
     if not state.applied_to(module):
         return dict(full)
-    kept = state.saved(module)
-    return {name: kept[name] for name in full if name in kept}
+    known = nn.Module.state_dict(module)
+    return {name: t for name, t in full.items() if name not in known} | state.saved(module)  # what a module adds stays
 
 
 def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: bool = True) -> None:
@@ -35,8 +35,9 @@ def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: boo
     if not state.applied_to(module):
         module.load_state_dict(dict(given), strict=strict)
         return
-    required = state.required(module)
-    missing, extra = sorted(required - set(given)), sorted(set(given) - set(module.state_dict()))
+    required, own = state.required(module), nn.Module.state_dict(module)
+    theirs = set(module.state_dict()) - set(own)  # of a module that overrides state_dict
+    missing, extra = sorted(required - set(given)), sorted(set(given) - set(own) - theirs)
     if missing or extra:
         raise CheckpointError(
             f"The checkpoint does not fit. Missing: {_some(missing)}. Unknown to this model: {_some(extra)}. It holds "
@@ -44,9 +45,8 @@ def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: boo
             f"the method, "
             "configuration and model that the checkpoint was made with."
         )
-    own = module.state_dict()
     for name, tensor in given.items():
-        if own[name].shape != tensor.shape:
+        if name in own and own[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} here."
             )
@@ -67,12 +67,44 @@ def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Metho
             f"{path} does not say which methods it was made with (saved with weights_only?). Name them: "
             "load_checkpoint(module, path, methods=[LoRA(...)])."
         )
-    for method in methods or [REGISTRY[entry["method"]](**entry["config"]) for entry in entries]:
-        method.apply(module)
-    for entry in entries:
-        check_base(module, entry["label"], entry.get("fingerprint"))
-    load_model_state(module, saved["state_dict"])
+    known = [REGISTRY[e["method"]](**e["config"]) for e in entries if e["method"] in REGISTRY]
+    if methods is None and len(known) < len(entries):
+        raise CheckpointError(
+            f"{path} was made with {[e['method'] for e in entries]}; known: {', '.join(sorted(REGISTRY))}. Import the "
+            "module that defines the method first."
+        )
+    done: list[Method] = []
+    try:
+        for method in known if methods is None else methods:
+            done.append(method)
+            method.apply(module)
+        for entry in entries:
+            check_base(module, entry["label"], entry.get("fingerprint"))
+            check_config(module, entry["label"], entry["config"])
+        load_model_state(module, saved["state_dict"])
+    except Exception:
+        for method in done:
+            if (method.label or method.info.name) in state.applied_to(module):
+                method.remove(module)
+        raise
     return module
+
+
+# fields that place adapters (the keys tell), or that matter at the start or in training only
+FREE = {"label", "seed", "init", "identity", "dropout", "keep_base", "dtype", "targets", "layers", "exclude", "roles"}
+
+
+def check_config(module: nn.Module, label: str, saved: Mapping[str, Any]) -> None:
+    """Raise where the method would compute something else than the one that was trained."""
+    applied = state.applied_to(module).get(label)
+    own = applied.method.config() if applied is not None else {}
+    other = {k: (v, own[k]) for k, v in saved.items() if k in own and k not in FREE | {"heads"} and v != own[k]}
+    if other:
+        shown = ", ".join(f"{name}: {before!r} there, {now!r} here" for name, (before, now) in other.items())
+        raise CheckpointError(
+            f"{label!r} was trained with other settings ({shown}), so the result would be another. Use those of the "
+            "checkpoint."
+        )
 
 
 def check_base(module: nn.Module, label: str, fingerprint: str | None) -> None:

@@ -69,16 +69,26 @@ class ExactResume:
         self.epoch_start: dict[str, Any] | None = None
         self.loaded: dict[str, Any] | None = None
         self.fresh_iterator = False
+        self.trainer: pl.Trainer | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"now": gathered(rng_state()), "epoch_start": gathered(self.epoch_start)}
+        return {"now": gathered(self.here()), "epoch_start": gathered(self.epoch_start)}
+
+    def here(self) -> dict[str, Any]:
+        """The generators of the process, and those that loaders and samplers have of their own."""
+        return {**rng_state(), "loaders": [generator.get_state() for generator in loader_generators(self.trainer)]}
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        set_rng_state(state)
+        for generator, value in zip(loader_generators(self.trainer), state.get("loaders", []), strict=False):
+            generator.set_state(value)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loaded = state
 
     def install(self, trainer: pl.Trainer) -> None:
         """From here on, note the generators whenever Lightning makes the training iterator."""
-        loop = trainer.fit_loop
+        self.trainer, loop = trainer, trainer.fit_loop
         before_iterator = type(loop)._load_combined_loader_states
 
         def noted() -> None:
@@ -95,8 +105,8 @@ class ExactResume:
         if self.loaded is not None:
             kind = "epoch_start" if processed(trainer) else "now"
             if (state := self._mine(trainer, kind)) is not None:
-                set_rng_state(state)
-        self.epoch_start, self.fresh_iterator = rng_state(), True
+                self.go_back(state)
+        self.epoch_start, self.fresh_iterator = self.here(), True
 
     def _mine(self, trainer: pl.Trainer, kind: str) -> dict[str, Any] | None:
         """This rank's state; the ranks of a larger world than the saved one start from their own."""
@@ -117,13 +127,26 @@ class ExactResume:
                 next(fetcher)  # type: ignore[arg-type]
             fetcher.fetched = 0  # type: ignore[union-attr]  # the loop adds what it has done
         if (state := self._mine(trainer, "now")) is not None:
-            set_rng_state(state)
+            self.go_back(state)
         self.loaded = None
 
     def on_train_epoch_start(self) -> None:
         if not self.fresh_iterator:
-            self.epoch_start = rng_state()
+            self.epoch_start = self.here()
         self.fresh_iterator = False
+
+
+def loader_generators(trainer: pl.Trainer | None) -> list[torch.Generator]:
+    """Generators that were given to the training loaders or their samplers; each once, in a fixed order."""
+    combined = None if trainer is None else trainer.fit_loop._combined_loader
+    found: dict[int, torch.Generator] = {}
+    for loader in [] if combined is None else combined.flattened:
+        samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+        samplers.append(getattr(samplers[1], "sampler", None))
+        for holder in (loader, *samplers):
+            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+                found.setdefault(id(generator), generator)
+    return list(found.values())
 
 
 def processed(trainer: pl.Trainer) -> int:

@@ -374,7 +374,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown method": (lambda d: rewrite(d, method="dora9"), "made with the method 'dora9'; known: bitfit"),
     "unknown field": (lambda d: rewrite(d, config={"rnak": 3}), "does not fit 'lora': LoRA has no field 'rnak'"),
     "bad field": (lambda d: rewrite(d, config={"rank": -3}), "does not fit 'lora'.*above 0"),
-    "no dictionary": (lambda d: rewrite(d, config=[1]), "does not fit 'lora'"),
+    "no dictionary": (lambda d: rewrite(d, config=[1]), "have the wrong type"),
     "cut short": (lambda d: os.truncate(d / "adapter.safetensors", 300), "cut short or damaged"),
     "empty": (lambda d: (d / "adapter.safetensors").write_bytes(b""), "cut short or damaged"),
     "missing": (lambda d: drop(d, lambda c: c.pop(A)), "Missing in the file.*mlp//a"),

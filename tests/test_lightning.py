@@ -11,8 +11,11 @@ import boring
 import lightning.pytorch as pl
 import pytest
 import torch
+import zoo
 from lightning.pytorch.callbacks import ModelCheckpoint
+from settings import make
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_peft import (
     IA3,
@@ -31,7 +34,7 @@ from lightning_peft.callback import LifeCycleError, check_strategy
 from lightning_peft.checkpoint import CheckpointError
 from lightning_peft.core import state
 from lightning_peft.core.adapter import LabelError
-from lightning_peft.core.method import NothingToTrainError
+from lightning_peft.core.method import REGISTRY, NothingToTrainError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -172,8 +175,9 @@ def test_several_methods_at_once_and_their_audit(tmp_path: Path) -> None:
 
 
 def test_a_method_named_twice_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises((LabelError, RuntimeError), match="label|state_key"):
-        fit(tmp_path, boring.Boring(), LoRA(rank=2), LoRA(rank=4))
+    for second in (LoRA(rank=4), LoRA(rank=2)):
+        with pytest.raises(LabelError, match="is taken.*label of its own"):
+            fit(tmp_path, boring.Boring(), LoRA(rank=2), second)
 
 
 def test_the_strategy_alone_is_enough_and_brings_the_method_once(tmp_path: Path) -> None:
@@ -412,3 +416,187 @@ def test_the_line_at_fit_start_says_what_trains(tmp_path: Path, capsys: Any, cap
 
 def test_fast_dev_run(tmp_path: Path) -> None:
     fit(tmp_path, boring.Boring(), LoRA(rank=2), fast_dev_run=True)
+
+
+# ------------------------------------------------------------------ every method of the registry
+METHODS = [name for name, cls in REGISTRY.items() if cls.__module__.startswith("lightning_peft.methods.")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resumes_in_mid_epoch_bit_for_bit(name: str, tmp_path: Path) -> None:
+    straight, resumed = boring.Boring(), boring.Boring()
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    boring.trainer(tmp_path, [make(name, "bert"), saver]).fit(straight, boring.data(12), boring.data(6, shuffle=False))
+    torch.manual_seed(99)
+    trainer = boring.trainer(tmp_path, [make(name, "bert")])
+    ckpt = str(tmp_path / "step=2.ckpt")
+    trainer.fit(resumed, boring.data(12), boring.data(6, shuffle=False), ckpt_path=ckpt)
+    assert boring.largest_difference(boring.tensors(straight), boring.tensors(resumed)) == 0
+    kept = set(torch.load(ckpt, weights_only=True)["state_dict"])
+    assert kept == set(state.trainable(resumed)) | {n for n, _ in resumed.named_buffers() if n in kept}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_in_a_fast_dev_run(name: str, tmp_path: Path) -> None:
+    fit(tmp_path, boring.Boring(), make(name, "bert"), fast_dev_run=True)
+
+
+# ------------------------------------------------------------------ beside what else a Trainer does
+def test_other_settings_than_those_of_the_checkpoint_are_an_error(tmp_path: Path) -> None:
+    module = boring.Boring()
+    trainer = fit(tmp_path, module, LoRA(rank=2))
+    path = str(tmp_path / "a.ckpt")
+    trainer.save_checkpoint(path)
+    with pytest.raises(CheckpointError, match="alpha: 16.0 there, 1000.0 here"):
+        fit(tmp_path, boring.Boring(), LoRA(rank=2, alpha=1000.0), ckpt=path)
+    fresh = boring.Boring()
+    before = boring.tensors(fresh)
+    with pytest.raises(CheckpointError, match="alpha"):
+        load_checkpoint(fresh, path, [LoRA(rank=2, alpha=5.0)])
+    with pytest.raises(CheckpointError, match="rank: 2 there, 4 here"):
+        load_checkpoint(fresh, path, [LoRA(rank=4)])
+    assert boring.largest_difference(before, boring.tensors(fresh)) == 0
+    saved = torch.load(path, weights_only=True)
+    saved["callbacks"]["lightning_peft.lora"]["method"] = "of_mine"
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match="Import the module that defines the method"):
+        load_checkpoint(fresh, path)
+
+
+class Pair(boring.Boring):
+    """A student that learns, and a teacher that was frozen."""
+
+    def build(self) -> None:
+        super().build()
+        self.teacher = zoo.build("bert").train().requires_grad_(False)
+
+
+def test_a_frozen_teacher_is_left_alone(tmp_path: Path) -> None:
+    module = Pair()
+    before = boring.tensors(module.teacher)
+    fit(tmp_path, module, LoRA(rank=2))
+    assert boring.largest_difference(before, boring.tensors(module.teacher)) == 0
+    assert {name.partition(".")[0] for name in state.trainable(module)} == {"net"}
+
+
+def test_a_model_frozen_as_a_whole_is_adapted_all_the_same(tmp_path: Path) -> None:
+    module = boring.Boring().requires_grad_(False)
+    fit(tmp_path, module, LoRA(rank=2))
+    assert len(state.trainable(module)) == 10
+
+
+def test_exclude_holds_for_heads_too() -> None:
+    module = boring.Boring()
+    LoRA(rank=2, exclude="classifier").apply(module)
+    assert not any("classifier" in name for name in state.trainable(module))
+
+
+def test_a_module_that_builds_anew_in_setup(tmp_path: Path) -> None:
+    class Anew(boring.Boring):
+        def setup(self, stage: str) -> None:
+            vars(self)["_modules"].pop("net", None)
+            self.build()
+
+    module, saver = Anew("nowhere"), ModelCheckpoint(tmp_path, save_last=True)
+    trainer = fit(tmp_path, module, LoRA(rank=2), saver)
+    trained = boring.tensors(module)
+    trainer.test(module, boring.data(6, shuffle=False), ckpt_path="last", verbose=False, weights_only=True)
+    assert boring.largest_difference(trained, boring.tensors(module)) == 0
+    fit(tmp_path, module, LoRA(rank=2))
+    assert len(state.trainable(module)) == 10
+
+
+@pytest.mark.parametrize("how", ["merge", "switch"])
+def test_training_what_is_merged_or_off_is_an_error(how: str, tmp_path: Path) -> None:
+    module, lora = boring.Boring(), LoRA(rank=2)
+    lora.apply(module)
+    _ = lora.merge(module) if how == "merge" else lora.enabled(module, False)
+    with pytest.raises(LifeCycleError, match="merged or switched off"):
+        fit(tmp_path, module, lora)
+
+
+def test_a_loaded_adapter_trains_on(tmp_path: Path) -> None:
+    module = boring.Boring()
+    fit(tmp_path, module, LoRA(rank=2))
+    save_adapter(module, tmp_path / "a")
+    fresh = boring.Boring()
+    load_adapter(fresh, tmp_path / "a")
+    before = boring.tensors(fresh)
+    fit(tmp_path, fresh, LoRA(rank=2))
+    assert boring.largest_difference(before, boring.tensors(fresh)) > 0
+    with pytest.raises(LifeCycleError, match="rank: 2 on the model, 4 now"):
+        fit(tmp_path, fresh, LoRA(rank=4))
+
+
+def test_what_somebody_unfreezes_later_is_in_the_checkpoint(tmp_path: Path) -> None:
+    class Unfreezing(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            weight = pl_module.net.bert.pooler.dense.weight
+            if not weight.requires_grad:
+                trainer.optimizers[0].add_param_group({"params": [weight.requires_grad_(True)]})
+
+    module = boring.Boring(optimizer="sgd")
+    trainer = fit(tmp_path, module, LoRA(rank=2), Unfreezing())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert "net.bert.pooler.dense.weight" in torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+
+
+def test_an_average_of_the_whole_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LifeCycleError, match="copies the whole model"):
+        fit(tmp_path, boring.Boring(), LoRA(rank=2), pl.callbacks.WeightAveraging())
+
+
+def test_a_module_with_a_state_dict_of_its_own(tmp_path: Path) -> None:
+    class Own(boring.Boring):
+        def state_dict(self) -> Any:  # type: ignore[override]
+            return {**super().state_dict(), "extra": torch.ones(1)}
+
+        def load_state_dict(self, state_dict: Any, strict: bool = True) -> Any:  # type: ignore[override]
+            self.seen = state_dict.pop("extra")
+            return super().load_state_dict(state_dict, strict)
+
+    module = Own()
+    trainer = fit(tmp_path, module, LoRA(rank=2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    resumed = Own()
+    fit(tmp_path, resumed, LoRA(rank=2), ckpt=str(tmp_path / "a.ckpt"))
+    assert resumed.seen.item() == 1
+
+
+def test_a_module_that_is_not_built_says_so() -> None:
+    with pytest.raises(NothingToTrainError, match="not built yet"):
+        LoRA().apply(boring.Boring("configure_model"))
+
+
+def test_a_method_from_before_that_trains_along_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = boring.Boring()
+    fit(tmp_path, module, LoRA(rank=2))
+    fit(tmp_path, module, BitFit())
+    assert "'lora' trains too" in caplog.text
+
+
+def test_generators_of_the_loader_come_back(tmp_path: Path) -> None:
+    def loader() -> Any:
+        generator = torch.Generator().manual_seed(11)
+        return DataLoader(boring.data().dataset, batch_size=3, shuffle=True, generator=generator)
+
+    results = []
+    for ckpt in (None, str(tmp_path / "step=11.ckpt")):
+        module = boring.Boring()
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        boring.trainer(tmp_path, [LoRA(rank=2), saver], max_epochs=2).fit(
+            module, loader(), boring.data(6, shuffle=False), ckpt_path=ckpt
+        )
+        results.append(boring.tensors(module))
+    assert boring.largest_difference(*results) == 0
+
+
+def test_files_of_a_compiled_network_fit_the_plain_one(tmp_path: Path) -> None:
+    class Compiled(boring.Boring):
+        def build(self) -> None:
+            super().build()
+            self.net = torch.compile(self.net, backend="eager")
+
+    module = Compiled()
+    LoRA(rank=2).apply(module)
+    load_adapter(boring.Boring(), save_adapter(module, tmp_path / "a"))

@@ -80,7 +80,7 @@ def collected(model: nn.Module, applied: Applied) -> dict[str, Tensor]:
 
     Shared ones once.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = names_of(model)
     out: dict[str, Tensor] = {}
     seen: set[object] = set()
     for placement in applied.placements:
@@ -96,6 +96,11 @@ def collected(model: nn.Module, applied: Applied) -> dict[str, Tensor]:
             if id(module) in names:
                 out[base_key(names, module, name)] = module._buffers[name]  # type: ignore[assignment]
     return out
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """id of a module -> its name, without what torch.compile puts in between."""
+    return {id(m): ".".join(p for p in name.split(".") if p != "_orig_mod") for name, m in model.named_modules()}
 
 
 def adapter_key(names: dict[int, str], applied: Applied, placement: state.Placement, tensor: str) -> str:
@@ -163,6 +168,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path} is not JSON ({error}). Save the adapter again.") from error
     if not isinstance(config, dict) or not {"schema", "method", "config", "fingerprint"} <= set(config):
         raise AdapterFileError(f"{path} lacks one of schema, method, config, fingerprint. Save the adapter again.")
+    if not isinstance(config["config"], dict) or not isinstance(config["fingerprint"], str):
+        raise AdapterFileError(f"{path} is damaged: config or fingerprint have the wrong type. Save the adapter again.")
     if config["schema"] != SCHEMA:
         raise AdapterFileError(
             f"{path} has schema {config['schema']}; this version of lightning_peft reads schema {SCHEMA}. Update "
@@ -265,6 +272,8 @@ def matched(
             f"Unknown to the model ({len(extra)}): {extra[:4]}. Use the model that the adapter was trained on."
         )
     for key, target in own.items():
+        if target.is_floating_point() != tensors[key].is_floating_point():
+            raise AdapterFileError(f"{directory}: {key!r} is {tensors[key].dtype}, the model needs {target.dtype}.")
         if target.shape != tensors[key].shape:
             raise AdapterFileError(
                 f"{directory}: {key!r} is {tuple(tensors[key].shape)}, the model needs {tuple(target.shape)}."
@@ -282,7 +291,7 @@ def matched(
 
 def destinations(model: nn.Module, applied: Applied, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Key -> the tensor of the model to copy into, for what the file holds."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = names_of(model)
     for placement in applied.placements:
         for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
             if (key := adapter_key(names, applied, placement, name)) in tensors:

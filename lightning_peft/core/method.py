@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -199,10 +200,17 @@ def check_free(model: nn.Module, method: Method, label: str) -> None:
 
 def apply_as(method: Method, model: nn.Module, label: str, trainable: bool, keep: bool | None = None) -> nn.Module:
     """`Method.apply` after its checks. keep: note the originals of what trains in place, whatever the method says."""
+    if next(model.parameters(), None) is None:
+        raise NothingToTrainError(
+            f"This {type(model).__name__} has no parameters: it is not built yet. Build it first; a "
+            f"LightningModule by its "
+            "configure_model() or setup('fit')."
+        )
     parts = method.parts() or (method,)
     several = len(parts) > 1
     plans = [(f"{label}_{part.info.name}" if several else label, part, list(_plan(part, model))) for part in parts]
-    selected = _select_all(parts, model, method.heads, method.keeps_original if keep is None else keep)
+    heads = head_modules(model, method)
+    selected = _select_all(parts, model, heads, method.keeps_original if keep is None else keep)
     if not selected and not any(plan for _, _, plan in plans):
         raise NothingToTrainError(
             f"{type(method).__name__} finds nothing to train in this {type(model).__name__}: "
@@ -235,10 +243,22 @@ def _plan(part: Method, model: nn.Module) -> Iterator[tuple[Site, Adapter]]:
             )
         return
     found = sites(model, part.places, layers=part.layers, exclude=part.exclude, roles=part.roles)
+    found = Sites(outside_frozen_networks(model, found), found.report, found.known, model)
     log.debug("%s: %s", part.info.name, found.report)
     for site, adapter in part.adapters(found):
         _prepare(part, site, adapter)
         yield site, adapter
+
+
+def outside_frozen_networks(model: nn.Module, found: Sites) -> list[Site]:
+    """Leave out a network that was frozen as a whole (a teacher) where there are sites in one that was not."""
+    before = state.trainable_before(model)
+    networks = {site.name.partition(".")[0] for site in found}
+    alive = {name for name in networks if any(id(p) in before for p in model.get_submodule(name).parameters())}
+    if not alive or alive == networks:
+        return list(found)
+    log.info("left out, since they were frozen before: %s", ", ".join(sorted(networks - alive)))
+    return [site for site in found if site.name.partition(".")[0] in alive]
 
 
 def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
@@ -280,14 +300,30 @@ def _detach_all(applied: Applied) -> None:
 
 
 def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What identifies the base: the parameters next to the adapters, else those that are selected, else all."""
-    mine = {id(p) for a in state.all_applied(model) for x in a.placements for p in x.adapter.parameters()}
+    """What identifies the base: all parameters of the smallest part that holds what is adapted, without heads."""
     heads = {id(s.parameter) for s in selected if s.head}
-    near = {id(site.module): site.module for _, _, plan in plans for site, _ in plan}
-    chosen = [s.module for s in selected if not s.head] if not near else list(near.values())
-    for index, module in enumerate(chosen or [model]):
-        own = [(name.rpartition(".")[2], p) for name, p in module.named_parameters() if id(p) not in mine | heads]
-        yield from ((f"{index}.{name}", p) for name, p in own[: 4 if chosen else None])
+    names = [site.name for _, _, plan in plans for site, _ in plan]
+    if not names:
+        where = {id(m): name for name, m in model.named_modules()}
+        names = [where[id(s.module)] for s in selected if not s.head]
+    tower = model.get_submodule(common(names)) if names else model
+    for module in sorted_modules(tower):
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in heads:
+                yield name, parameter
+
+
+def common(names: list[str]) -> str:
+    """The dotted name of what holds all of these."""
+    parts = [name.split(".") for name in names]
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return ".".join(column[0] for column in shared)
+
+
+def sorted_modules(model: nn.Module) -> list[nn.Module]:
+    """The base's modules in the order of their names, so that adapters that came and went do not matter."""
+    inside = {id(m) for m in state.base_modules(model)}
+    return [m for _, m in model.named_modules() if id(m) in inside]
 
 
 def _select_all(parts: tuple[Method, ...], model: nn.Module, heads: Any, keep: bool) -> list[Selected]:
@@ -309,9 +345,8 @@ Selection = tuple[nn.Module, str, "Tensor | None", bool]  # module, attribute, m
 
 def _selections(parts: tuple[Method, ...], model: nn.Module, heads: Any) -> Iterator[Selection]:
     mine = {id(p) for a in state.all_applied(model) for x in a.placements for p in x.adapter.parameters()}
-    chosen = head_modules(model, heads)
-    check_tied_heads(model, chosen)
-    for module in chosen.values():
+    check_tied_heads(model, heads)
+    for module in heads.values():
         for child in state.base_modules(module):
             yield from ((child, name, None, True) for name, _ in child.named_parameters(recurse=False))
     for part in parts:
@@ -401,16 +436,26 @@ def check_mask(mask: Tensor, parameter: Tensor, name: str) -> Tensor:
     return mask
 
 
-def head_modules(model: nn.Module, heads: str | list[str] | None) -> dict[str, nn.Module]:
-    """name -> module of the heads that train along. A pattern that matches nothing is an error.
+def head_modules(model: nn.Module, method: Method) -> dict[str, nn.Module]:
+    """name -> module of the heads that train along. A pattern that matches nothing is an error; "auto" may find none.
 
-    "auto" may find none.
+    "auto" leaves out what `exclude` names, and a head that is frozen in a model of which something else is not.
     """
-    if heads is None:
+    known = {site.name: site.module for site in roles(model).get("head", [])}
+    if method.heads is None:
         return {}
-    if heads == "auto":
-        return {site.name: site.module for site in roles(model).get("head", [])}
-    return find(model, heads)
+    if method.heads != "auto":
+        try:
+            return find(model, method.heads)
+        except TargetError as error:
+            message = str(error).replace("patterns=", "heads=")
+            raise TargetError(f"{message} Heads known here: {', '.join(known) or 'none'}.") from None
+    if known and method.exclude is not None:
+        left_out = {id(m) for site in sites(model, method.exclude, roles=method.roles) for m in site.module.modules()}
+        known = {name: head for name, head in known.items() if id(head) not in left_out}
+    before = state.trainable_before(model)
+    frozen = [name for name, head in known.items() if before and not any(id(p) in before for p in head.parameters())]
+    return {name: head for name, head in known.items() if name not in frozen}
 
 
 def check_tied_heads(model: nn.Module, heads: dict[str, nn.Module]) -> None:

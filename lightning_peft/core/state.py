@@ -273,20 +273,49 @@ def saved(model: nn.Module) -> dict[str, Tensor]:
 def _kept(model: nn.Module) -> dict[str, Tensor]:
     """As `saved`, but the tensors themselves; each once."""
     everything = all_applied(model)
+    if not everything:
+        return {}
     kept = {id(p) for applied in everything for p in applied.parameters()}
     kept |= {id(b) for applied in everything for x in applied.placements for b in x.adapter.buffers()}
+    kept |= {id(p) for p in model.parameters() if p.requires_grad}  # somebody trains it, whoever that is
     kept |= {id(m._buffers[name]) for registry in registries(model) for m, name, _ in registry.changed_buffers()}
     state: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor in nn.Module.state_dict(model, keep_vars=True).items():  # past overrides
         if id(tensor) in kept:
             state.setdefault(id(tensor), (name, tensor))
     return dict(state.values())
 
 
+def trainable_before(model: nn.Module) -> set[int]:
+    """ids of the parameters of the base that had gradients before the first method."""
+    flags = {(id(m), name): flag for registry in registries(model) for m, name, flag in registry.flags}
+    return {
+        id(p)
+        for m in base_modules(model)
+        for name, p in m._parameters.items()
+        if p is not None and flags.get((id(m), name), p.requires_grad)
+    }
+
+
+def reachable(model: nn.Module, applied: Applied) -> bool:
+    """Whether what a method touches is still in the model; a part may have been built anew."""
+    inside = {id(m) for m in model.modules()}
+    return all(id(m) in inside for m in applied.modules())
+
+
+def drop(model: nn.Module) -> None:
+    """Forget everything; for a model whose adapted parts are gone."""
+    for module in model.modules():
+        vars(module).pop(ATTRIBUTE, None)
+
+
 def required(model: nn.Module) -> set[str]:
-    """The names that a checkpoint must hold: `saved` without the buffers of the base."""
-    buffers = {id(b) for _, _, b in persistent_buffers(model)}
-    return {name for name, tensor in _kept(model).items() if id(tensor) not in buffers}
+    """The names that a checkpoint must hold: adapters, and parameters that methods train."""
+    mine = {
+        id(t) for a in all_applied(model) for x in a.placements for t in (*x.adapter.parameters(), *x.adapter.buffers())
+    }
+    mine |= {id(s.parameter) for a in all_applied(model) for s in a.selected}
+    return {name for name, tensor in _kept(model).items() if id(tensor) in mine}
 
 
 # ------------------------------------------------------------------ masks
@@ -347,7 +376,10 @@ def same_base(one: str, other: str) -> bool:
     (shapes, values), (other_shapes, other_values) = (text.partition(":")[::2] for text in (one, other))
     if shapes != other_shapes or len(values) != len(other_values):
         return False
-    numbers = [torch.frombuffer(bytearray.fromhex(v), dtype=torch.bfloat16) for v in (values, other_values) if v]
+    try:
+        numbers = [torch.frombuffer(bytearray.fromhex(v), dtype=torch.bfloat16) for v in (values, other_values) if v]
+    except ValueError:
+        return False
     return len(numbers) < 2 or torch.allclose(*(n.float() for n in numbers), rtol=2e-2, atol=1e-6, equal_nan=True)
 
 
