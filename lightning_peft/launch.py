@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig
 
 from lightning_peft import schema
@@ -32,8 +34,8 @@ def launch(command: str, parser: argparse.ArgumentParser, argv: list[str], first
     given = parser.parse_intermixed_args(argv)
     overrides = [*first, *given.overrides]
     directory = own_directory(given.config_dir or given.config_path)
-    if not given.multirun:
-        compose(overrides, directory, given.config_name)  # what is wrong shows before there is a run directory
+    for point in points(overrides) if given.multirun else [overrides]:
+        compose(point, directory, given.config_name)  # what is wrong shows before there is a run directory
     failed: list[Exception] = []
     task = job(command, [sys.argv[0], command, *argv], None if given.multirun else failed)
     main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=given.config_name)
@@ -41,6 +43,23 @@ def launch(command: str, parser: argparse.ArgumentParser, argv: list[str], first
         main(task)()
     if failed:
         raise failed[0]
+
+
+def points(overrides: list[str]) -> Iterator[list[str]]:
+    """Jobs of a sweep in which every choice and both ends of every range are met; glob and interval are left out."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException:
+        yield overrides  # composing it says what is wrong
+        return
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    listed = [o for o in parsed if o.is_choice_sweep() or o.is_range_sweep()]
+    values = [[f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()] for o in listed]
+    values = [[each[0], each[-1]] if o.is_range_sweep() else each for o, each in zip(listed, values, strict=True)]
+    first = [each[0] for each in values]
+    yield fixed + first
+    for index, each in enumerate(values):
+        yield from ([*fixed, *first[:index], value, *first[index + 1 :]] for value in each[1:])
 
 
 def own_directory(given: str | None) -> Path | None:

@@ -20,6 +20,7 @@ from lightning_peft import catalogue, cli, curve, demo, launch, predict, results
 from lightning_peft.checks import ConfigError
 from lightning_peft.core.files import read_config
 from lightning_peft.core.method import REGISTRY
+from lightning_peft.tasks import PooledClassifier
 
 FILES = ["config.yaml", "train.log", "metrics.csv", "learning_curve.png", "results.json"]
 QUIET = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
@@ -164,6 +165,18 @@ def test_a_sweep(capsys):
     assert all((Path("sweep") / job / name).is_file() for job in "01" for name in FILES)
 
 
+@pytest.mark.parametrize("sweep", ["peft=lora,lroa", "peft.rank=1,2,x", "peft=["])
+def test_a_sweep_is_checked_before_its_first_job(sweep, capsys):
+    assert cli.main([*TEXT, "--multirun", sweep, "hydra.sweep.dir=unchecked"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not Path("unchecked").exists()
+
+
+def test_the_points_of_a_sweep():
+    found = launch.points(["a=1", "b=2,3", "c=range(0,9)", "d=interval(0,1)"])
+    assert list(found) == [["a=1", "b=2", "c=0"], ["a=1", "b=3", "c=0"], ["a=1", "b=2", "c=8"]]
+
+
 def test_a_sweep_refuses_child_processes(capsys):
     two = ["strategy=ddp", "trainer.devices=2", "--multirun", "seed=0,1", "hydra.sweep.dir=ddp"]
     assert cli.main([*TEXT, *two]) == 1
@@ -206,10 +219,13 @@ def test_what_the_children_of_ddp_are_started_with(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes(folder):
+    import os
     import subprocess
 
     two = ["strategy=ddp", "trainer.devices=2", "trainer.max_epochs=1", "hydra.run.dir=processes"]
-    subprocess.run([sys.executable, "-m", "lightning_peft", *TEXT, *two], check=True, cwd=folder)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "lightning_peft", *TEXT, *two]
+    subprocess.run(command, check=True, cwd=folder, env=environment)
     assert all((folder / "processes" / name).is_file() for name in FILES)
 
 
