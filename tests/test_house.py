@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import zoo
 
 import lightning_peft
 import lightning_peft.methods
@@ -123,3 +125,16 @@ def test_a_method_loads_lightning_and_little_more() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert set(ast.literal_eval(out.stdout)) <= {"safetensors", "torch"}
+
+
+def test_the_recipe_of_the_contributing_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    (tmp_path / "recipe_of_the_guide.py").write_text(guide.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        recipe = importlib.import_module("recipe_of_the_guide")
+        net = zoo.build("bert")
+        recipe.ShiftTuning().apply(net)
+        assert {n.split(".adapters.")[1] for n, p in net.named_parameters() if ".adapters." in n} == {"shift.b"}
+    finally:
+        REGISTRY.pop("shift", None)
