@@ -265,7 +265,7 @@ def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> Non
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)
 
 
-LENT = {
+LENT: dict[str, Any] = {
     "lightning_module_state_dict": _module_state,
     "load_model_state_dict": _load_module_state,
     "optimizer_state": _optimizer_state,

@@ -122,7 +122,7 @@ class ExactResume:
         fetcher = trainer.fit_loop._data_fetcher
         if not _stateful(trainer):
             for loader in trainer.fit_loop._combined_loader.flattened:  # type: ignore[union-attr]
-                _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)
+                _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
             for _ in range(done):
                 next(fetcher)  # type: ignore[arg-type]
             fetcher.fetched = 0  # type: ignore[union-attr]  # the loop adds what it has done
@@ -151,7 +151,7 @@ def loader_generators(trainer: pl.Trainer | None) -> list[torch.Generator]:
 
 def processed(trainer: pl.Trainer) -> int:
     """Batches of the current epoch that were trained on; 0 where the epoch is over."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return 0 if progress.is_last_batch else progress.current.processed
 
 

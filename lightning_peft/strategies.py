@@ -76,10 +76,11 @@ class PEFTDDPStrategy(PEFTStrategyMixin, DDPStrategy):
 
 def register() -> None:
     """Make the names known to `Trainer(strategy=...)`; repeating it does no harm."""
-    for cls, options in (
+    entries: tuple[tuple[Any, dict[str, Any]], ...] = (
         (PEFTSingleDeviceStrategy, {}),
         (PEFTDDPStrategy, {"start_method": "popen"}),
-    ):
+    )
+    for cls, options in entries:
         if cls.strategy_name not in StrategyRegistry:
             StrategyRegistry.register(cls.strategy_name, cls, description=cls.__doc__ or "", **options)
 

@@ -118,6 +118,7 @@ class Host(nn.Module):
     """A place inside a module that is no module of its own (a slice, the attention product); it holds adapters only."""
 
     is_host = True
+    adapters: Any
 
 
 def through(module: nn.Module | None, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +127,7 @@ def through(module: nn.Module | None, base: Callable[..., Any], *args: Any, **kw
     if adapters is not None:
         for adapter in adapters._modules.values():
             if adapter.cell.on:  # type: ignore[union-attr]
-                base = functools.partial(adapter, base)  # type: ignore[arg-type]
+                base = functools.partial(adapter, base)  # type: ignore[arg-type, misc]
     return base(*args, **kwargs)
 
 
@@ -134,7 +135,7 @@ class Route:
     """Stands in for `module.forward`; what was there before (the class's own, or another library's) runs innermost."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
         self.inner: Callable[..., Any] | None = vars(module).get("forward")
 
     def base(self) -> Callable[..., Any]:
@@ -155,7 +156,7 @@ class Takeover(Route):
         return {name: child for name, child in self.module.named_children() if isinstance(child, Host)}
 
     def busy(self) -> bool:
-        return any(adapter.cell.on for host in self.hosts().values() for adapter in host.adapters.children())
+        return any(a.cell.on for host in self.hosts().values() for a in host.adapters._modules.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.rewritten(*args, **kwargs) if self.busy() else self.base()(*args, **kwargs)

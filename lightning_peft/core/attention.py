@@ -164,7 +164,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype)
 
 
-def in_projection(module: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def in_projection(module: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the projection q, k or v of an `nn.MultiheadAttention`, as views of its parameters."""
     index, width = "qkv".index(name), module.embed_dim
     rows = slice(index * width, (index + 1) * width)
@@ -179,7 +179,7 @@ class TimmForward(Takeover):
     CHILDREN = frozenset({"qkv", "proj", "q_norm", "k_norm", "norm", "attn_drop", "proj_drop"})
 
     @classmethod
-    def fits(cls, module: nn.Module) -> bool:
+    def fits(cls, module: Any) -> bool:
         """Whether this is that layer and not a relative of it (windowed, with position bias, scaled otherwise)."""
         children = {name for name, child in module.named_children() if not isinstance(child, Host)}
         if not {"qkv", "proj"} <= children <= cls.CHILDREN or next(module.parameters(recurse=False), None) is not None:

@@ -26,6 +26,7 @@ class Tokens(Adapter):
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(length, width))
         self.init, self.vocabulary = init, vocabulary
+        self.table: Any
         vars(self)["table"] = table  # not registered: it is the base's own embedding
 
     def reset(self, draw: Draw) -> None:
@@ -44,6 +45,7 @@ class VirtualTokens(Tokens):
     def __init__(self, owner: nn.Module, *tokens: Any, strip: bool) -> None:
         super().__init__(*tokens)
         self.strip = strip
+        self.owner: Any
         self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
         vars(self)["owner"] = owner  # not registered: it holds this adapter
 
@@ -204,7 +206,7 @@ def _offset(owner: nn.Module) -> int:
 
 def padded_positions(owner: nn.Module) -> int | None:
     """The padding index of models that count positions over unpadded tokens (RoBERTa and its like), else None."""
-    embeddings = getattr(owner, "embeddings", None)
+    embeddings: Any = getattr(owner, "embeddings", None)
     if hasattr(embeddings, "create_position_ids_from_inputs_embeds") or hasattr(
         embeddings, "create_position_ids_from_input_ids"
     ):

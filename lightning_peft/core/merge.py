@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ def _check(model: nn.Module, applied: Applied) -> None:
 def _check_inner(applied: Applied) -> None:
     """Folding goes from the inside out, unless both changes are plain additions."""
     for placement in applied.placements:
-        for inner in placement.place.adapters._modules.values():  # type: ignore[union-attr]
+        adapters: Any = placement.place.adapters
+        for inner in adapters._modules.values():
             if inner is placement.adapter:
                 break
             if inner.cell.on and inner.cell is not applied.cell and not (inner.additive and placement.adapter.additive):

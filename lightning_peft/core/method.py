@@ -421,7 +421,7 @@ def rows_of(site: Site, parameter: Tensor) -> Tensor | Literal[True]:
     if site.columns is not None:
         dim = parameter.dim() - 1 if type(site.module).__name__ == "Conv1D" else 0
         return site.columns.put(mask, torch.ones_like(site.columns.take(mask, dim)), dim)
-    width = site.module.embed_dim
+    width: Any = site.module.embed_dim
     index = "qkv".index(str(site.part)) if len(mask) == 3 * width else 0
     mask[index * width : (index + 1) * width] = True
     return mask

@@ -380,7 +380,10 @@ def same_base(one: str, other: str) -> bool:
         numbers = [torch.frombuffer(bytearray.fromhex(v), dtype=torch.bfloat16) for v in (values, other_values) if v]
     except ValueError:
         return False
-    return len(numbers) < 2 or torch.allclose(*(n.float() for n in numbers), rtol=2e-2, atol=1e-6, equal_nan=True)
+    if len(numbers) < 2:
+        return True
+    one_value, other_value = (n.float() for n in numbers)
+    return torch.allclose(one_value, other_value, rtol=2e-2, atol=1e-6, equal_nan=True)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -404,7 +407,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
 
 def table(model: nn.Module) -> str:
     """One row a method: label, method, its places by role, the numbers of parameters in adapters, base and heads."""
-    rows = [("label", "method", "places", "adapters", "base", "heads")]
+    rows: list[tuple[str, ...]] = [("label", "method", "places", "adapters", "base", "heads")]
     for label, applied in applied_to(model).items():
         roles = Counter(p.role or "pattern" for p in applied.placements if any(True for _ in p.adapter.parameters()))
         places = ", ".join(f"{role} {count}" for role, count in roles.items()) or "-"

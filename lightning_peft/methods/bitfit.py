@@ -5,6 +5,7 @@ Ben Zaken, Ravfogel, Goldberg, ACL 2022. https://arxiv.org/abs/2106.10199
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class BitFit(PEFT, name="bitfit", family="selective", paper="2106.10199", mergea
 
 
 def has_bias(site: Site) -> bool:
-    module = site.module
+    module: Any = site.module
     if site.part == "o":
         module = module.out_proj
     return getattr(module, "in_proj_bias" if site.part in ("q", "k", "v") else "bias", None) is not None

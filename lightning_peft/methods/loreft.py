@@ -66,6 +66,7 @@ class LoReFTBlock(Adapter):
         identity: bool,
     ) -> None:
         super().__init__()
+        self.positions: Any
         vars(self)["positions"] = positions  # it is registered where it listens
         self.first, self.last, self.dropout, self.identity = first, last, dropout, identity
         self.edit = LowRankEdit(width, rank)

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2110.04366
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from lightning_peft.callback import PEFT
 from lightning_peft.methods.parallel import ParallelAdapter
@@ -26,7 +27,7 @@ class MAM(PEFT, name="mam", family="hybrid", paper="2110.04366", identity=False)
     scale: float | None = 4.0
 
     def parts(self) -> tuple[PEFT, ...]:
-        common = {
+        common: dict[str, Any] = {
             "layers": self.layers,
             "exclude": self.exclude,
             "roles": self.roles,

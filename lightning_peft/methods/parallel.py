@@ -5,6 +5,7 @@ https://arxiv.org/abs/2110.04366
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Parallel(Bottleneck):
         self, tap: Tap, site: Site, bottleneck: int, activation: Activation, init: Init, scale: float | None
     ) -> None:
         super().__init__(site.out_features, bottleneck, activation, init, 1.0 if scale is None else scale)
+        self.tap: Any
         vars(self)["tap"] = tap  # it is registered where it listens
         self.gain = nn.Parameter(torch.empty(1)) if scale is None else None
 

@@ -48,7 +48,7 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
             if owner is not None:
                 yield from self._text(above, owner, site)
             elif isinstance(site.module, nn.Embedding) and encoder is not None:
-                first: nn.Module = encoder.module.layers[0].self_attn  # type: ignore[index]
+                first: Any = encoder.module.layers[0].self_attn  # type: ignore[index, union-attr]
                 yield self._here(encoder, site, EncoderTokens(first.batch_first, *self._tokens(first.embed_dim)))
             elif not isinstance(site.module, nn.Embedding):
                 yield from self._vision(sites, site)
@@ -73,7 +73,8 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
 
     def _text(self, above: list[Above], owner: Above, site: Site) -> Iterator[tuple[Site, Adapter]]:
         pair = next((a for a in above if {"encoder", "decoder"} <= set(a.module._modules)), None)
-        tokens = self._tokens(site.module.weight.shape[1], site.module)  # type: ignore[union-attr, index]
+        table: Any = site.module
+        tokens = self._tokens(table.weight.shape[1], table)
         in_encoder = pair is not None and owner.module is pair.module.encoder
         yield self._here(owner, site, VirtualTokens(owner.module, *tokens, strip=not in_encoder))
         if pair is not None and in_encoder:
