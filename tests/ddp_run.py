@@ -1,13 +1,14 @@
 """One training run on `processes` CPU processes; writes what each rank ends with. Started by test_ddp.py."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
+from typing import Any
 
 import boring
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import LoRA, PEFTDDPStrategy, PEFTSingleDeviceStrategy
@@ -35,7 +36,8 @@ def main(directory: str, how: str, processes: int) -> None:
     frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
     if hasattr(module, "_ddp_params_and_buffers_to_ignore"):
         raise RuntimeError("left behind on the module")
-    result = {"tensors": boring.tensors(module), "ignored": sorted(ignored), "frozen": sorted(frozen)}
+    traffic = {"reduced": watch.reduced // trainer.global_step, "broadcast": watch.broadcast}
+    result = {**traffic, "tensors": boring.tensors(module), "ignored": sorted(ignored), "frozen": sorted(frozen)}
     torch.save(result, Path(directory) / f"rank{trainer.global_rank}.pt")
 
 
@@ -44,8 +46,27 @@ class Watch(pl.Callback):
 
     ignored: list[str] = []
 
+    reduced: int = 0  # numbers that one backward pass sends
+    broadcast: int = 0  # floating-point numbers that wrapping the model sent
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        send = dist._broadcast_coalesced
+
+        def counted(group: Any, tensors: Any, *rest: Any) -> Any:
+            self.broadcast += sum(t.numel() for t in tensors if t.is_floating_point())
+            return send(group, tensors, *rest)
+
+        dist._broadcast_coalesced = counted
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.ignored = list(getattr(pl_module, "_ddp_params_and_buffers_to_ignore", []))
+        wrapped: Any = trainer.strategy.model
+        if wrapped is not pl_module:
+            wrapped.register_comm_hook(None, self.reduce)
+
+    def reduce(self, _: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self.reduced += bucket.buffer().numel()
+        return allreduce_hook(None, bucket)
 
 
 class Share(pl.LightningDataModule):

@@ -36,7 +36,11 @@ def test_two_processes_end_where_one_does(how: str, single: dict[str, Any], tmp_
     first, second = run(tmp_path, how, 2)
     assert boring.largest_difference(first["tensors"], second["tensors"]) == 0
     assert boring.largest_difference(first["tensors"], single["tensors"]) < 1e-6
-    assert first["ignored"] == first["frozen"]  # neither broadcast nor reduced
+    assert first["ignored"] == first["frozen"]
+    trained = sum(t.numel() for name, t in first["tensors"].items() if name not in first["frozen"])
+    assert (
+        first["broadcast"] == first["reduced"] == trained == 611
+    )  # of 24,131: the base is neither broadcast nor reduced
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert set(saved["state_dict"]).isdisjoint(first["frozen"])
     assert len(saved["callbacks"]["lightning_peft.lora"]["rng"]["now"]) == 2

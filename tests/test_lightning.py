@@ -591,6 +591,22 @@ def test_generators_of_the_loader_come_back(tmp_path: Path) -> None:
     assert boring.largest_difference(*results) == 0
 
 
+def test_resume_in_mid_epoch_with_loader_workers(tmp_path: Path) -> None:
+    def loader() -> Any:
+        return DataLoader(boring.data().dataset, batch_size=3, shuffle=True, num_workers=2)
+
+    results = []
+    for ckpt in (None, str(tmp_path / "step=11.ckpt")):
+        module = boring.Boring()
+        torch.manual_seed(3 if ckpt is None else 99)
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        boring.trainer(tmp_path, [LoRA(rank=2, dropout=0.2), saver], max_epochs=2).fit(
+            module, loader(), boring.data(6, shuffle=False), ckpt_path=ckpt
+        )
+        results.append(boring.tensors(module))
+    assert boring.largest_difference(*results) == 0
+
+
 def test_files_of_a_compiled_network_fit_the_plain_one(tmp_path: Path) -> None:
     class Compiled(boring.Boring):
         def build(self) -> None:
