@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -223,33 +224,30 @@ def lend(strategy: Strategy, pl_module: pl.LightningModule) -> None:
     """Give a plain strategy the checkpoint functions that the mixin has built in; picklable, and kept after the run."""
     if getattr(strategy, "supports_peft", False) or "lightning_module_state_dict" in vars(strategy):
         return
-    for name in (
-        "lightning_module_state_dict",
-        "load_model_state_dict",
-        "optimizer_state",
-        "load_optimizer_state_dict",
-    ):
-        setattr(strategy, name, functools.partial(LENT[name], strategy, type(strategy)))
+    for name in LENT:
+        plain = functools.partial(getattr(type(strategy), name), strategy)
+        setattr(strategy, name, functools.partial(LENT[name], strategy, plain))
 
 
-def _module_state(strategy: Any, kind: Any) -> dict[str, Tensor]:
-    return checkpoint.model_state(strategy.lightning_module, kind.lightning_module_state_dict(strategy))
+# What a strategy does for adapters, `plain` being its own way: lent to plain strategies, built into the mixin.
+def module_state(strategy: Any, plain: Callable[..., Any]) -> dict[str, Tensor]:
+    return checkpoint.model_state(strategy.lightning_module, plain())
 
 
-def _load_module_state(strategy: Any, kind: Any, loaded: Any, strict: bool = True) -> None:
+def load_module_state(strategy: Any, plain: Callable[..., Any], loaded: Any, strict: bool = True) -> None:
     checkpoint.load_model_state(strategy.lightning_module, loaded["state_dict"], strict)
 
 
-def _optimizer_state(strategy: Any, kind: Any, optimizer: Any) -> dict[str, Any]:
-    plain = getattr(optimizer, "_optimizer", optimizer)
-    return checkpoint.optimizer_state(strategy.lightning_module, plain, kind.optimizer_state(strategy, optimizer))
+def optimizer_state(strategy: Any, plain: Callable[..., Any], optimizer: Any) -> dict[str, Any]:
+    inner = getattr(optimizer, "_optimizer", optimizer)
+    return checkpoint.optimizer_state(strategy.lightning_module, inner, plain(optimizer))
 
 
-def _load_optimizer_state(strategy: Any, kind: Any, loaded: Any) -> None:
+def load_optimizer_state(strategy: Any, plain: Callable[..., Any], loaded: Any) -> None:
     pairs = zip(strategy.optimizers, loaded["optimizer_states"], strict=True)
     module = strategy.lightning_module
     states = [checkpoint.numbered_optimizer_state(module, optimizer, saved) for optimizer, saved in pairs]
-    kind.load_optimizer_state_dict(strategy, {**loaded, "optimizer_states": states})
+    plain({**loaded, "optimizer_states": states})
 
 
 def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> None:
@@ -266,10 +264,10 @@ def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> Non
 
 
 LENT: dict[str, Any] = {
-    "lightning_module_state_dict": _module_state,
-    "load_model_state_dict": _load_module_state,
-    "optimizer_state": _optimizer_state,
-    "load_optimizer_state_dict": _load_optimizer_state,
+    "lightning_module_state_dict": module_state,
+    "load_model_state_dict": load_module_state,
+    "optimizer_state": optimizer_state,
+    "load_optimizer_state_dict": load_optimizer_state,
 }
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_peft import checkpoint
+from lightning_peft import callback
 from lightning_peft.callback import PEFT, LifeCycleError
 
 
@@ -46,20 +46,16 @@ class PEFTStrategyMixin:
         known[:0] = [method for method in self.methods if method not in known]
 
     def lightning_module_state_dict(self) -> dict[str, Tensor]:
-        return checkpoint.model_state(self.lightning_module, super().lightning_module_state_dict())  # type: ignore[misc]
+        return callback.module_state(self, super().lightning_module_state_dict)  # type: ignore[misc]
 
-    def load_model_state_dict(self, checkpoint_: Mapping[str, Any], strict: bool = True) -> None:
-        checkpoint.load_model_state(self.lightning_module, checkpoint_["state_dict"], strict)
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        callback.load_module_state(self, super().load_model_state_dict, checkpoint, strict)  # type: ignore[misc]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        plain = getattr(optimizer, "_optimizer", optimizer)
-        return checkpoint.optimizer_state(self.lightning_module, plain, super().optimizer_state(optimizer))  # type: ignore[misc]
+        return callback.optimizer_state(self, super().optimizer_state, optimizer)  # type: ignore[misc]
 
-    def load_optimizer_state_dict(self, checkpoint_: Mapping[str, Any]) -> None:
-        module, optimizers = self.lightning_module, self.optimizers  # type: ignore[attr-defined]
-        pairs = zip(optimizers, checkpoint_["optimizer_states"], strict=True)
-        states = [checkpoint.numbered_optimizer_state(module, optimizer, saved) for optimizer, saved in pairs]
-        super().load_optimizer_state_dict({**checkpoint_, "optimizer_states": states})  # type: ignore[misc]
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        callback.load_optimizer_state(self, super().load_optimizer_state_dict, checkpoint)  # type: ignore[misc]
 
 
 class PEFTSingleDeviceStrategy(PEFTStrategyMixin, SingleDeviceStrategy):
