@@ -49,6 +49,7 @@ class PEFT(Method, Callback):
             def configure_model() -> None:  # no functools.wraps: is_overridden follows __wrapped__ and would skip it
                 build()
                 inject(pl_module)
+                quantise_base(trainer, pl_module)
                 if stage == "fit":
                     check_something_trains(pl_module)
                 leave_frozen_alone(trainer.strategy, pl_module)
@@ -172,6 +173,13 @@ def inject(pl_module: pl.LightningModule) -> None:
             log.warning("%r trains too: it was applied before and is not among the Trainer's callbacks.", label)
 
 
+def quantise_base(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """With a plugin that quantises: now, when initialisers have seen the full weights and nothing is wrapped yet."""
+    plugin: Any = trainer.precision_plugin
+    if hasattr(plugin, "prepare_base"):
+        plugin.prepare_base(pl_module, trainer.strategy.root_device)
+
+
 def adopt(pl_module: pl.LightningModule, known: state.Applied, method: PEFT) -> None:
     """Go on with a method that was put on this module by another Trainer, by `apply` or by `load_adapter`."""
     before, now = known.method.config(), method.config()
@@ -258,6 +266,7 @@ def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> Non
         return
     frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
     check_equal_across_ranks(pl_module, frozen)
+    frozen += state.constant_names(pl_module)
     vars(pl_module).setdefault("_peft_ignored_before", getattr(pl_module, IGNORED, None))
     ignored = [*frozen, *(vars(pl_module)["_peft_ignored_before"] or [])]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)

@@ -62,6 +62,14 @@ class Adapter(nn.Module):
         """Weight (d_out, d_in) and bias (d_out,) of a plain projection that computes what the adapted one does."""
         return weight + self.delta(weight), bias
 
+    def compensate(self, weight: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+        """What to quantise in place of `weight` (d_out, d_in), when the base is quantised around this adapter.
+
+        Initialisers that make up for the error (LoftQ) or take a part of the weight over (QPiSSA) set their own tensors
+        here. rounded(w): w as it comes back from its codes.
+        """
+        return weight
+
     def reset(self, draw: Any) -> None:
         """Initialise every own parameter through `draw` (`core.init.Draw`), never from the global generator."""
 

@@ -138,7 +138,7 @@ def _foreign(key: str, module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Hugging Face's transposed Linear, whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -149,7 +149,7 @@ def is_linear(module: nn.Module) -> bool:
 def features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a projection, an embedding or a convolution."""
     if is_conv1d(module):
-        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[return-value, index]
+        return module.nx, module.nf  # type: ignore[return-value]
     for pair in ("in_features", "out_features"), ("num_embeddings", "embedding_dim"), ("in_channels", "out_channels"):
         if hasattr(module, pair[0]) and hasattr(module, pair[1]):
             return getattr(module, pair[0]), getattr(module, pair[1])

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import projection
 from lightning_peft.core.adapter import NotMergeableError
+from lightning_peft.core.quantised import Frozen, is_quantised, quantise_module, refreeze, settings, thaw
 from lightning_peft.core.state import Applied, Placement, all_applied
 
 log = logging.getLogger("lightning_peft")
+Into = Literal["float32", "bfloat16", "float16", "requantise"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTO = (*DTYPES, "requantise")
 
 
 class MergeError(RuntimeError):
@@ -33,32 +37,89 @@ class MergeReport:
     rounding: float
 
 
-def merge(model: nn.Module, applied: Applied) -> MergeReport:
+def merge(model: nn.Module, applied: Applied, into: Into | None = None) -> MergeReport:
+    """Fold layer by layer; if one fails, those before it are as they were."""
     _check(model, applied)
-    folded = [(stack, *_fold(stack)) for stack in _by_place(applied)]  # all computed before any is written
-    errors = [0.0]
-    for stack, weight, bias in folded:
-        place = stack[0].place
-        exact, old_bias = projection.snapshot(place)
-        stack[0].original = exact, None if bias is None else old_bias  # a bias that stays is not ours to put back
-        projection.write(place, weight, bias)
-        errors.append(_rounding(place, weight) if exact.dtype != weight.dtype else 0.0)
+    _check_into(applied, into)
+    errors, dtypes = [0.0], set()
+    try:
+        for owner, stacks in _by_owner(applied):
+            error, dtype = _merge_owner(applied, owner, stacks, into)
+            errors.append(error)
+            dtypes.add(dtype)
+    except Exception:
+        _put_back(applied)
+        raise
     applied.cell.set(merged=True)
     applied.turn = 1 + max((a.turn for a in all_applied(model)), default=0)
-    dtypes = tuple(sorted({str(stack[0].original[0].dtype).removeprefix("torch.") for stack, *_ in folded}))  # type: ignore[index]
-    report = MergeReport(applied.label, len(folded), dtypes, max(errors))
+    places = sum(len(stacks) for _, stacks in _by_owner(applied))
+    report = MergeReport(applied.label, places, tuple(sorted(dtypes)), max(errors))
     if report.rounding:
         log.info(
-            "merged %r into %s: output changed by %.2e (relative) by rounding", report.label, dtypes, report.rounding
-        )
+            "merged %r into %s: output changed by at most %.2e (relative) by rounding",
+            report.label, ", ".join(report.dtypes), report.rounding,
+        )  # fmt: skip
     return report
 
 
-def _by_place(applied: Applied) -> list[list[Placement]]:
-    stacks: dict[int, list[Placement]] = {}
+def _merge_owner(
+    applied: Applied, owner: nn.Module, stacks: list[list[Placement]], into: Into | None
+) -> tuple[float, str]:
+    """Fold what is at one module -> the relative change of its output by rounding, and the dtype that it now has."""
+    quantised = is_quantised(owner)
+    if quantised:
+        applied.thawed.append(thaw(owner, torch.float32))
+    error = 0.0
+    for stack in stacks:
+        weight, bias = _fold(stack)
+        place = stack[0].place
+        exact, old_bias = projection.snapshot(place)
+        if not quantised:  # which comes back as a whole
+            stack[0].original = exact, None if bias is None else old_bias  # a bias that stays is not ours to put back
+        projection.write(place, weight, bias)
+        error = max(error, _relative(projection.read(place)[0], weight) if exact.dtype != weight.dtype else 0.0)
+    if quantised:
+        return _store(applied.thawed[-1], str(into))
+    return error, str(exact.dtype).removeprefix("torch.")
+
+
+def _store(frozen: Frozen, into: str) -> tuple[float, str]:
+    """The merged fp32 weight as it was asked for: cast, or into codes of the kind it had."""
+    module = frozen.module
+    weight = projection.read(module)[0]
+    if into == "requantise":
+        layer = quantise_module(module, settings(frozen), compensate=False)
+        return _relative(layer.dequantised(torch.float32), weight), layer.quantisation.mode
+    for name, p in module._parameters.items():
+        if p is not None:
+            module._parameters[name] = nn.Parameter(p.to(DTYPES[into]), p.requires_grad)
+    return _relative(projection.read(module)[0], weight), into
+
+
+def _check_into(applied: Applied, into: Into | None) -> None:
+    count = sum(is_quantised(owner) for owner, _ in _by_owner(applied))
+    if into not in (None, *INTO):
+        raise MergeError(f"into={into!r} is unknown. Known: {', '.join(INTO)}.")
+    if count and into is None:
+        raise MergeError(
+            f"{applied.label!r} is on {count} quantised projections, which cannot take a change without being "
+            "quantised anew. Choose: merge(model, into='bfloat16') or into='float32' makes them plain projections; "
+            "into='requantise' keeps them small at the price of a second rounding, which is measured; or leave the "
+            "adapter attached."
+        )
+    if into is not None and not count:
+        raise MergeError(f"into={into!r} is for a quantised base, and this one is not. Leave it out.")
+
+
+def _by_owner(applied: Applied) -> list[tuple[nn.Module, list[list[Placement]]]]:
+    """The modules of the base, and at each the adapters of one place after the other."""
+    owners: dict[int, nn.Module] = {}
+    stacks: dict[int, dict[int, list[Placement]]] = {}
     for placement in applied.placements:
-        stacks.setdefault(id(placement.place), []).append(placement)
-    return list(stacks.values())
+        owner = projection.owner_of(placement.place)
+        owners[id(owner)] = owner
+        stacks.setdefault(id(owner), {}).setdefault(id(placement.place), []).append(placement)
+    return [(owner, list(stacks[key].values())) for key, owner in owners.items()]
 
 
 def _fold(stack: list[Placement]) -> tuple[Tensor, Tensor | None]:
@@ -125,10 +186,11 @@ def storage(tensor: Tensor) -> object:
     return id(tensor) if tensor.is_meta or not tensor.numel() else (tensor.device, tensor.data_ptr())
 
 
-def _rounding(place: nn.Module, exact: Tensor) -> float:
+def _relative(weight: Tensor, exact: Tensor) -> float:
+    """|(W - W0) x| / |W0 x| for one random x"""
     x = torch.randn(exact.shape[1], generator=torch.Generator().manual_seed(0)).to(exact)
     y = exact @ x
-    return float(((projection.read(place)[0] - exact) @ x).norm() / y.norm().clamp_min(torch.finfo(y.dtype).tiny))
+    return float(((weight - exact) @ x).norm() / y.norm().clamp_min(torch.finfo(y.dtype).tiny))
 
 
 def unmerge(model: nn.Module, applied: Applied) -> None:
@@ -143,16 +205,27 @@ def unmerge(model: nn.Module, applied: Applied) -> None:
     for other in all_applied(model):
         if other.cell.merged and other.turn > applied.turn and overlap(applied, other):
             raise MergeError(f"{other.label!r} was merged into the same weights later; unmerge {other.label!r} first.")
+    _put_back(applied)
+    applied.cell.set(merged=False)
+
+
+@torch.no_grad()
+def _put_back(applied: Applied) -> None:
+    """The exact originals of everything that a merge has changed so far."""
     for placement in applied.placements:
         if placement.original is not None:
             projection.write(placement.place, *placement.original)
             placement.original = None
-    applied.cell.set(merged=False)
+    for frozen in applied.thawed:
+        refreeze(frozen)
+    applied.thawed = []
 
 
 def overlap(one: Applied, other: Applied) -> bool:
     """Whether the two change entries of a weight in common; slices of it side by side do not."""
     regions = [{projection.region(p.place) for p in applied.placements} for applied in (one, other)]
+    for region, applied in zip(regions, (one, other), strict=True):  # blocks of a quantised weight are one thing
+        region |= {(id(frozen.module), None) for frozen in applied.thawed}
     wholes = [{owner for owner, part in region if part is None} for region in regions]
     owners = [{owner for owner, _ in region} for region in regions]
     return bool(regions[0] & regions[1] or wholes[0] & owners[1] or owners[0] & wholes[1])

@@ -17,9 +17,10 @@ from typing_extensions import dataclass_transform
 
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter, LabelError, attach, check_label, detach
+from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.fields import FieldError, check_fields, unknown_field
 from lightning_peft.core.init import Draw
-from lightning_peft.core.merge import MergeError, merge, seal, unmerge
+from lightning_peft.core.merge import Into, MergeError, merge, seal, unmerge
 from lightning_peft.core.projection import close_place, open_place
 from lightning_peft.core.sites import Site, Sites, TargetError, find, roles, sites
 from lightning_peft.core.state import Applied, Placement, Selected, on_cpu
@@ -161,9 +162,12 @@ class Method:
         check_free(model, self, label)
         return apply_as(self, model, label, trainable)
 
-    def merge(self, model: nn.Module, label: str | None = None) -> Any:
-        """Fold the adapters into the base weights; exact to one rounding, undone bit for bit by `unmerge`."""
-        return merge(model, state.get_applied(model, label or self.label or self.info.name))
+    def merge(self, model: nn.Module, label: str | None = None, *, into: Into | None = None) -> Any:
+        """Fold the adapters into the base weights; exact to one rounding, undone bit for bit by `unmerge`.
+
+        into: for a quantised base, "float32" or "bfloat16" (its adapted weights become plain ones), or "requantise".
+        """
+        return merge(model, state.get_applied(model, label or self.label or self.info.name), into)
 
     def unmerge(self, model: nn.Module, label: str | None = None) -> None:
         """Write the original weights back from the snapshot taken by `merge`."""
@@ -173,9 +177,9 @@ class Method:
         """Take everything off: the base is what it was before `apply`, bit for bit."""
         return remove(model, label or self.label or self.info.name)
 
-    def unload(self, model: nn.Module, label: str | None = None) -> nn.Module:
+    def unload(self, model: nn.Module, label: str | None = None, *, into: Into | None = None) -> nn.Module:
         """Make the change permanent: merge, then forget the adapters; what is left is a plain model."""
-        return unload(model, label or self.label or self.info.name)
+        return unload(model, label or self.label or self.info.name, into)
 
     def enabled(
         self, model: nn.Module, on: bool = True, label: str | None = None
@@ -265,7 +269,7 @@ def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
     """To the device (and, if asked, the dtype) of the place, then initial tensors from (seed, name)."""
     near = next((p for p in site.module.parameters()), None)
     if near is not None:
-        dtype = near.dtype if near.is_floating_point() else torch.get_default_dtype()
+        dtype = state.computing_dtype(site.module, near)
         dtype = dtype if part.dtype == "base" else DTYPES[part.dtype]
         if any(t.device != near.device for t in (*adapter.parameters(), *adapter.buffers())):
             adapter.to(near.device)
@@ -299,7 +303,9 @@ def _detach_all(applied: Applied) -> None:
     applied.placements.clear()
 
 
-def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _base_tensors(
+    plans: list[Any], selected: list[Selected], model: nn.Module
+) -> Iterator[tuple[str, Tensor | state.Known]]:
     """What identifies the base: all parameters of the smallest part that holds what is adapted, without heads."""
     heads = {id(s.parameter) for s in selected if s.head}
     names = [site.name for _, _, plan in plans for site, _ in plan]
@@ -310,7 +316,7 @@ def _base_tensors(plans: list[Any], selected: list[Selected], model: nn.Module) 
     for module in sorted_modules(tower):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in heads:
-                yield name, parameter
+                yield name, state.known_weight(module, name, parameter)
 
 
 def common(names: list[str]) -> str:
@@ -348,7 +354,9 @@ def _selections(parts: tuple[Method, ...], model: nn.Module, heads: Any) -> Iter
     check_tied_heads(model, heads)
     for module in heads.values():
         for child in state.base_modules(module):
-            yield from ((child, name, None, True) for name, _ in child.named_parameters(recurse=False))
+            for name, _ in child.named_parameters(recurse=False):
+                check_trains(parts[0], child, name, "the head's")
+                yield child, name, None, True
     for part in parts:
         if type(part).select is not Method.select and part.scope != "nothing":
             yield from _part_selections(part, model, mine)
@@ -368,7 +376,18 @@ def _part_selections(part: Method, model: nn.Module, mine: set[int]) -> Iterator
                 answer = rows_of(site, parameter) if owns(site, module, name) else False
             mask = without(answer, excluded.get((id(module), name)), parameter)
             if mask is not False:
+                check_trains(part, module, name, prefix)
                 yield module, name, None if mask is True else mask, False
+
+
+def check_trains(part: Method, module: nn.Module, name: str, prefix: str) -> None:
+    """Raise where a method would train a weight that is in codes."""
+    if state.is_codes(module, name):
+        raise TargetError(
+            f"{type(part).__name__} trains {prefix}.{name}, which is quantised: no gradient reaches its codes. "
+            f"Leave it "
+            "out (exclude=...), load the base without quantisation, or `dequantise` it first."
+        )
 
 
 def _select_scope(part: Method, model: nn.Module) -> Iterator[tuple[str, nn.Module, Site | None]]:
@@ -419,7 +438,7 @@ def rows_of(site: Site, parameter: Tensor) -> Tensor | Literal[True]:
         return True
     mask = torch.zeros(parameter.shape, dtype=torch.bool)
     if site.columns is not None:
-        dim = parameter.dim() - 1 if type(site.module).__name__ == "Conv1D" else 0
+        dim = parameter.dim() - 1 if is_conv1d(site.module) else 0
         return site.columns.put(mask, torch.ones_like(site.columns.take(mask, dim)), dim)
     width: Any = site.module.embed_dim
     index = "qkv".index(str(site.part)) if len(mask) == 3 * width else 0
@@ -525,10 +544,10 @@ def _forget(model: nn.Module, applied: Applied, buffers: bool = True) -> None:
         freeze(model)
 
 
-def unload(model: nn.Module, label: str | None = None) -> nn.Module:
+def unload(model: nn.Module, label: str | None = None, into: Into | None = None) -> nn.Module:
     applied = state.get_applied(model, label)
     if not applied.cell.merged:
-        merge(model, applied)
+        merge(model, applied, into)
     seal(model, applied)
     _forget(model, applied, buffers=False)
     return model

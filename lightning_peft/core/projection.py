@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Host, LabelError, NotMergeableError, Takeover, take_over, through, unlink
+from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.attention import (
     Attend,
     MultiheadForward,
@@ -121,7 +122,7 @@ def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
         if isinstance(place, nn.Linear):
             return weight, place.bias
-        if type(place).__name__ == "Conv1D":
+        if is_conv1d(place):
             return weight.T, place.bias  # type: ignore[return-value]
     raise NotMergeableError(
         f"{type(place).__name__} has no floating-point weight (d_out, d_in) to fold into. Known: Linear, Conv1D, "
@@ -170,6 +171,11 @@ def snapshot(place: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Exact copies, to be written back bit for bit."""
     weight, bias = views(place)
     return weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+def owner_of(place: nn.Module) -> nn.Module:
+    """The module of the base that holds the weight."""
+    return place if not isinstance(place, (Slice, Projected)) else vars(place)["owner"]
 
 
 def parameters_of(place: nn.Module) -> list[nn.Parameter]:

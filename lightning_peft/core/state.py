@@ -5,8 +5,9 @@ from names.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, Adapters, Cell, Host, LabelError
+from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.codes import CONSTANTS, sample
+from lightning_peft.core.quantised import Frozen, Quantised, is_quantised
 
 if TYPE_CHECKING:
     from lightning_peft.core.method import Method
@@ -71,6 +75,7 @@ class Applied:
     fingerprint: str
     turn: int = 0  # when it was merged, among the merges of this model
     sealed_by: str = ""  # the label that was unloaded into weights which this one had been merged into
+    thawed: list[Frozen] = field(default_factory=list)  # quantised modules as they were before this was merged
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for placement in self.placements:
@@ -157,7 +162,7 @@ class Registry:
                 module._buffers[name].copy_(before)  # type: ignore[union-attr]
         for module, name, flag in self.flags:
             parameter = module._parameters.get(name)
-            if parameter is not None:
+            if parameter is not None and not is_codes(module, name):
                 parameter.requires_grad_(flag)
 
 
@@ -188,10 +193,29 @@ def base_modules(model: nn.Module) -> Iterator[nn.Module]:
             stack.extend(child for child in module._modules.values() if child is not None)
 
 
+def is_codes(module: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` of `module` is a quantised weight, which no gradient reaches."""
+    return name == "weight" and is_quantised(module)
+
+
+def constant_names(model: nn.Module) -> list[str]:
+    """Names of the buffers that hold the scales of quantised weights."""
+    named = ((name, m) for name, m in model.named_modules() if isinstance(m, Quantised))
+    return [f"{name}.{constant}".lstrip(".") for name, m in named for constant in m.constants()]
+
+
+def computing_dtype(module: nn.Module, parameter: Tensor) -> torch.dtype:
+    """The dtype that a module with this parameter works in."""
+    if isinstance(module, Quantised):
+        return module.quantisation.compute_dtype or module.source_dtype
+    return parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
+
+
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     for module in base_modules(model):
+        constants = CONSTANTS if isinstance(module, Quantised) else ()  # of a weight that stays as it is
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+            if buffer is not None and name not in module._non_persistent_buffers_set and name not in constants:
                 yield module, name, buffer
 
 
@@ -361,12 +385,35 @@ def restore_unselected(model: nn.Module) -> None:
 
 
 # ------------------------------------------------------------------ which base
-def fingerprint(tensors: list[tuple[str, Tensor]], count: int = 64, samples: int = 4) -> str:
+@dataclass(frozen=True)
+class Known:
+    """What is known of a quantised weight from before: its shape, and a few values; NaN for "anything"."""
+
+    shape: tuple[int, ...]
+    values: Tensor
+
+
+def known_weight(module: nn.Module, name: str, parameter: Tensor) -> Tensor | Known:
+    """The parameter itself, or what a quantised one was."""
+    if not is_codes(module, name):
+        return parameter
+    if isinstance(module, Quantised):
+        shape = module.features[::-1] if is_conv1d(module) else module.features
+        values = module.samples
+    else:
+        shape, values = (int(module.out_features), int(module.in_features)), None  # type: ignore[arg-type]
+    count = min(4, shape[0] * shape[1])
+    return Known(shape, torch.full((count,), torch.nan, dtype=torch.bfloat16) if values is None else values)
+
+
+def fingerprint(tensors: Sequence[tuple[str, Tensor | Known]], count: int = 64, samples: int = 4) -> str:
     """A hash of names and shapes, and a few values of at most `count` of the tensors: "<hash>:<bf16 values in hex>"."""
     sha = hashlib.sha256("".join(f"{name}{tuple(tensor.shape)}" for name, tensor in tensors).encode())
-    with_values = [t for _, t in tensors if not t.is_meta and t.is_floating_point() and t.numel()]
+    with_values = [
+        t for _, t in tensors if isinstance(t, Known) or (not t.is_meta and not t.is_complex() and t.numel())
+    ]
     chosen = with_values[:: max(1, -(-len(with_values) // count))]
-    picked = [t.detach().flatten()[:: max(1, t.numel() // samples)][:samples].to("cpu", torch.bfloat16) for t in chosen]
+    picked = [t.values if isinstance(t, Known) else sample(t.detach(), samples) for t in chosen]
     values = torch.cat(picked).view(torch.uint8).numpy().tobytes().hex() if picked else ""
     return f"{sha.hexdigest()[:16]}:{values}"
 
@@ -383,16 +430,17 @@ def same_base(one: str, other: str) -> bool:
     if len(numbers) < 2:
         return True
     one_value, other_value = (n.float() for n in numbers)
-    return torch.allclose(one_value, other_value, rtol=2e-2, atol=1e-6, equal_nan=True)
+    known = ~(one_value.isnan() | other_value.isnan())
+    return torch.allclose(one_value[known], other_value[known], rtol=2e-2, atol=1e-6)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Counts for one line of log: what trains, of how much, and what a checkpoint weighs."""
-    parameters = {id(p): p for p in model.parameters()}
+    sizes = parameter_sizes(model)
     mine = {id(p): p for p in trainable(model).values()}
     adapters = {id(p) for a in all_applied(model) for x in a.placements for p in x.adapter.parameters()}
-    total = sum(p.numel() for p in parameters.values())
-    base = sum(p.numel() for key, p in parameters.items() if key not in adapters)
+    total = sum(sizes.values())
+    base = sum(size for key, size in sizes.items() if key not in adapters)
     partly = {id(p): int(mask.sum()) for p, mask in masked(model)}
     count = sum(partly.get(key, p.numel()) for key, p in mine.items())
     return {
@@ -403,6 +451,17 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "percent": 100.0 * count / max(total, 1),
         "bytes": sum(t.numel() * t.element_size() for t in saved(model).values()),
     }
+
+
+def parameter_sizes(model: nn.Module) -> dict[int, int]:
+    """id of a parameter -> how many numbers it stands for; a quantised weight is packed."""
+    sizes: dict[int, int] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                shape = known_weight(module, name, p).shape
+                sizes[id(p)] = math.prod(shape)
+    return sizes
 
 
 def table(model: nn.Module) -> str:

@@ -1,0 +1,261 @@
+"""Codes of a weight: how they are kept, computed with, and written; nothing here knows a module.
+
+    parts = encode(weight, Quantisation("nf4"))      {"weight": packed codes, "absmax": ..., "nested_absmax": ..., ...}
+    decode(parts, weight.shape, q)                   the weight as it comes back
+
+Files hold the keys of bitsandbytes' layers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_peft.core import quant
+from lightning_peft.core.quant import Blocks, QuantisationError
+
+CONSTANTS = ("absmax", "nested_absmax", "offset")  # buffers beside the packed weight
+BLOCKWISE = ("nf4", "fp4")
+MODES = (*BLOCKWISE, "int8")
+STATE_KEY = "weight.quant_state.bitsandbytes__"
+
+
+class Kernels(Protocol):
+    """What a backend computes; `core.quant` itself is one, bitsandbytes' comes with `lightning_peft.kernels`."""
+
+    def quantise(self, weight: Tensor, kind: str, blocksize: int, double: bool) -> Blocks:
+        """(d_out, d_in) -> codes and constants"""
+
+    def dequantise(self, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+        """Codes and constants -> (d_out, d_in)"""
+
+    def int8_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a (m, k) int8, b (n, k) int8 -> a b^T (m, n) int32"""
+
+
+class TorchKernels:
+    """Nothing but torch operations: for every device and dtype that torch knows."""
+
+    quantise = staticmethod(quant.quantise)
+    dequantise = staticmethod(quant.dequantise)
+
+    @staticmethod
+    def int8_product(a: Tensor, b: Tensor) -> Tensor:
+        """torch's integer product on the CPU.
+
+        Elsewhere (where it wants sizes in multiples of 8) in fp64, which is exact.
+        """
+        if a.device.type == "cpu":
+            return torch._int_mm(a, b.T)
+        return (a.double() @ b.double().T).to(torch.int32)
+
+
+KERNELS: dict[str, Kernels] = {"torch": TorchKernels()}
+
+
+def kernels(name: str) -> Kernels:
+    """The backend of this name; "auto" takes bitsandbytes' where it is registered."""
+    if name == "auto":
+        return KERNELS.get("bitsandbytes", KERNELS["torch"])
+    if name not in KERNELS:
+        raise QuantisationError(f"backend={name!r} is not there. Known: auto, {', '.join(KERNELS)}.")
+    return KERNELS[name]
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a weight is kept.
+
+    mode: "nf4" and "fp4", 4 bits in blocks of `blocksize` along the input with one scale each; "int8", one scale a row.
+    double: the scales are kept in 8 bits themselves. compute_dtype: of the product; None takes that of the activations.
+    storage_dtype: as what the packed bytes are declared, for wrappers that want one dtype in a group (FSDP).
+    backend: "auto", "torch" or "bitsandbytes". threshold: columns of activations with a magnitude of it or above stay
+    out of the 8-bit product (LLM.int8, 2208.07339, section 3.2); 0 for none.
+    """
+
+    mode: str = "nf4"
+    blocksize: int = 64
+    double: bool = True
+    compute_dtype: torch.dtype | None = None
+    storage_dtype: torch.dtype = torch.uint8
+    backend: str = "auto"
+    threshold: float = 6.0
+
+    def same_weights(self, other: Quantisation) -> bool:
+        """Whether the two keep a weight in the same bits."""
+        own, theirs = (
+            (q.mode, q.blocksize, q.double) if q.mode in BLOCKWISE else (q.mode, None, None) for q in (self, other)
+        )
+        return own == theirs
+
+    def describe(self) -> dict[str, Any]:
+        """As plain types, for files."""
+        return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in asdict(self).items()}
+
+
+# ------------------------------------------------------------------ the product
+class BlockProduct(torch.autograd.Function):
+    """y = x W^T + b with W dequantised for this product, and again for dL/dx = dL/dy W: no floating weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
+        blocks, backend = packed_blocks(codes, *rest), rest[-1]
+        ctx.blocks, ctx.backend = blocks, backend
+        return F.linear(x, kernels(backend).dequantise(blocks, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = grads[0] @ kernels(ctx.backend).dequantise(ctx.blocks, grads[0].dtype)
+        if ctx.needs_input_grad[1]:
+            to_bias = grads[0].reshape(-1, grads[0].shape[-1]).sum(0)
+        return (to_x, to_bias, *[None] * 8)
+
+
+class Int8Product(torch.autograd.Function):
+    """y = x W^T by a product of 8-bit integers, columns of x with outliers apart; dL/dx = dL/dy W
+
+    x[t] ~ c[t] a[t] / 127 and W[o] ~ C[o] A[o] / 127, c and C integers: y = (c C^T) a A^T / 127^2.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, absmax: Tensor, threshold: float, backend: str) -> Tensor:
+        ctx.codes, ctx.absmax = codes, absmax
+        rows = x.reshape(-1, x.shape[-1]).float()
+        outliers = (rows.abs() >= threshold).any(0) if threshold else None
+        regular = rows if outliers is None else rows.masked_fill(outliers, 0)
+        largest = regular.abs().amax(1, keepdim=True)
+        scaled = (regular * (127 / largest.clamp_min(torch.finfo(torch.float32).tiny))).round().to(torch.int8)
+        y = kernels(backend).int8_product(scaled, codes).float() * (largest * (absmax / (127 * 127)))
+        if outliers is not None and outliers.any():
+            index = outliers.nonzero().squeeze(1)
+            y += rows[:, index] @ int8_weight(codes[:, index], absmax, torch.float32).T
+        return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() != 1 else y[0].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] @ int8_weight(ctx.codes, ctx.absmax, grads[0].dtype), None, None, None, None
+
+
+def packed_blocks(
+    codes: Tensor,
+    absmax: Tensor,
+    nested: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, int],
+    kind: str,
+    blocksize: int,
+    *_: Any,
+) -> Blocks:
+    return Blocks(codes, absmax, nested, offset, shape, kind, blocksize, torch.float32)
+
+
+def int8_weight(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """W = C A / 127, in `dtype`"""
+    return (codes * (absmax / 127)[:, None]).to(dtype)
+
+
+# ------------------------------------------------------------------ codes of one weight
+def encode(weight: Tensor, q: Quantisation) -> dict[str, Tensor]:
+    """(d_out, d_in) -> "weight", the codes as they are stored, and the constants"""
+    if q.mode == "int8":
+        found = quant.quantise_integers(weight.float(), 8)
+        return {"weight": found.codes, "absmax": (found.scale * 127).flatten()}
+    blocks = kernels(q.backend).quantise(weight, q.mode, q.blocksize, q.double)
+    values = (blocks.absmax, blocks.nested_absmax, blocks.offset)
+    constants = {name: t for name, t in zip(CONSTANTS, values, strict=True) if t is not None}
+    return {"weight": stored(blocks.codes, q.storage_dtype), **constants}
+
+
+def stored(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes (n, 1) declared as `dtype`, filled up to whole elements."""
+    if dtype == torch.uint8:
+        return codes
+    size = torch.empty(0, dtype=dtype).element_size()
+    return F.pad(codes.flatten(), (0, -codes.numel() % size)).view(dtype).view(-1, 1)
+
+
+def decode(parts: dict[str, Tensor], shape: tuple[int, int], q: Quantisation) -> Tensor:
+    """What `encode` made -> (d_out, d_in) in fp32"""
+    if q.mode == "int8":
+        return int8_weight(parts["weight"], parts["absmax"], torch.float32)
+    codes = parts["weight"].view(torch.uint8).view(-1, 1)[: (shape[0] * shape[1] + 1) // 2]
+    constants = (parts.get(name) for name in CONSTANTS)
+    return kernels(q.backend).dequantise(packed_blocks(codes, *constants, shape, q.mode, q.blocksize), torch.float32)  # type: ignore[misc, arg-type]
+
+
+def sample(weight: Tensor, count: int = 4) -> Tensor:
+    """`count` values of it, as `core.state.fingerprint` picks them."""
+    return weight.flatten()[:: max(1, weight.numel() // count)][:count].to("cpu", torch.bfloat16)
+
+
+# ------------------------------------------------------------------ what files hold
+def file_constants(
+    q: Quantisation, constants: dict[str, Tensor], shape: tuple[int, int], source_dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a state dict holds beside the codes, under bitsandbytes' names."""
+    if q.mode == "int8":
+        return {"SCB": constants["absmax"], "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    device = constants["absmax"].device
+    out = {"weight.absmax": constants["absmax"], "weight.quant_map": quant.codebook(q.mode, device)}
+    facts: dict[str, Any] = {
+        "quant_type": q.mode,
+        "blocksize": q.blocksize,
+        "dtype": str(source_dtype).removeprefix("torch."),
+        "shape": shape,
+    }
+    if "nested_absmax" in constants:
+        out["weight.nested_absmax"] = constants["nested_absmax"]
+        out["weight.nested_quant_map"] = quant.dynamic_map(device).clone()
+        offset = constants["offset"]
+        nested_offset = 0.0 if offset.is_meta else offset.item()
+        facts |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": nested_offset}
+    text = torch.frombuffer(bytearray(json.dumps(facts), "utf-8"), dtype=torch.uint8)
+    return out | {f"{STATE_KEY}{q.mode}": text}
+
+
+@dataclass(frozen=True)
+class FileWeight:
+    """A quantised weight as a file holds it."""
+
+    quantisation: Quantisation
+    parts: dict[str, Tensor]
+    shape: tuple[int, int]
+    source_dtype: torch.dtype
+
+
+def from_file(found: dict[str, Tensor]) -> FileWeight | None:
+    """The entries of one layer, keys from "weight" on -> what they say; None for a floating weight."""
+    if "SCB" in found:
+        parts = {"weight": found["weight"], "absmax": found["SCB"].float().flatten()}
+        shape = cast("tuple[int, int]", tuple(found["weight"].shape))
+        return FileWeight(Quantisation("int8"), parts, shape, torch.float16)
+    key = next((k for k in found if k.startswith(STATE_KEY)), None)
+    if key is None:
+        return None
+    try:
+        facts = json.loads(bytes(found[key].cpu().tolist()))
+        shape, dtype = (int(facts["shape"][0]), int(facts["shape"][1])), getattr(torch, facts["dtype"])
+        kind, blocksize = facts["quant_type"], facts["blocksize"]
+        parts = {"weight": found["weight"], "absmax": found["weight.absmax"]}
+        if nested := "weight.nested_absmax" in found:
+            offset = torch.tensor(float(facts["nested_offset"]), dtype=torch.float32)
+            parts |= {"nested_absmax": found["weight.nested_absmax"], "offset": offset}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise QuantisationError(f"{key} is damaged ({error!r}). Export the base again.") from error
+    return FileWeight(Quantisation(kind, blocksize, nested, storage_dtype=found["weight"].dtype), parts, shape, dtype)
+
+
+def restored(given: FileWeight, q: Quantisation) -> dict[str, Tensor]:
+    """The parts of a file's weight as the layer holds them."""
+    codes = given.parts["weight"]
+    return {
+        **given.parts,
+        "weight": codes if q.mode == "int8" else stored(codes.view(torch.uint8).view(-1, 1), q.storage_dtype),
+    }

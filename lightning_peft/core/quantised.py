@@ -1,0 +1,401 @@
+"""Projections with a quantised weight: Linear and Conv1D changed in place, and changed back.
+
+    quantise_module(linear, Quantisation("nf4"))      linear is still an nn.Linear, with its hooks, adapters and bias
+    linear.weight                                     the dequantised weight, made anew whenever it is read
+    linear._parameters["weight"]                      the packed codes, without a gradient
+    thaw(linear, torch.bfloat16)                      a plain Linear again; `refreeze` undoes that
+
+What is written to a state dict has the keys of bitsandbytes' layers, so that either reads the other's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.codes import (
+    BLOCKWISE,
+    CONSTANTS,
+    BlockProduct,
+    Int8Product,
+    Quantisation,
+    decode,
+    encode,
+    file_constants,
+    from_file,
+    int8_weight,
+    kernels,
+    packed_blocks,
+    restored,
+    sample,
+)
+from lightning_peft.core.quant import Blocks, QuantisationError
+
+
+# ------------------------------------------------------------------ the layer
+class Quantised(nn.Module):
+    """What a quantised projection has beside the class that it had before; its class is made by `quantised_class`."""
+
+    quantisation: Quantisation
+    source_dtype: torch.dtype
+    samples: Tensor | None  # a few values of the weight before, to know the base again; None where they are not known
+    features: tuple[int, int]  # d_out, d_in
+
+    @property
+    def packed(self) -> Tensor:
+        """The codes as they are kept."""
+        return cast(Tensor, self._parameters["weight"])
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight in the shape that the plain module has."""
+        weight = self.dequantised(self.quantisation.compute_dtype or self.source_dtype)
+        return weight.T if is_conv1d(self) else weight
+
+    @property
+    def codes(self) -> Tensor:
+        """The packed bytes, whatever dtype they are declared as; (d_out, d_in) int8 where a row has one scale."""
+        if self.quantisation.mode == "int8":
+            return self.packed
+        rows, columns = self.features
+        return self.packed.detach().view(torch.uint8).view(-1, 1)[: (rows * columns + 1) // 2]
+
+    def blocks(self) -> Blocks:
+        """What `core.quant` works with."""
+        return packed_blocks(self.codes, *self._constants())
+
+    def _constants(self) -> tuple[Any, ...]:
+        q = self.quantisation
+        return (*(self._buffers.get(name) for name in CONSTANTS), self.features, q.mode, q.blocksize, q.backend)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """(d_out, d_in)"""
+        if self.quantisation.mode == "int8":
+            return int8_weight(self.codes, cast(Tensor, self._buffers["absmax"]), dtype)
+        return kernels(self.quantisation.backend).dequantise(self.blocks(), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W^T + b; (..., d_in) -> (..., d_out), in the dtype of x, or of autocast"""
+        device, out = x.device.type, x.dtype
+        dtype = self.quantisation.compute_dtype or x.dtype
+        if torch.is_autocast_enabled(device):
+            out = dtype = torch.get_autocast_dtype(device)
+        bias = None if self.bias is None else cast(Tensor, self.bias).to(dtype)
+        with torch.autocast(device, enabled=False):
+            return self._product(x.to(dtype), bias).to(out)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        q = self.quantisation
+        if q.mode != "int8":
+            return BlockProduct.apply(x, bias, self.codes, *self._constants())
+        y = Int8Product.apply(x, self.codes, self._buffers["absmax"], q.threshold, q.backend)
+        return y if bias is None else y + bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and constants."""
+        return sum(t.nbytes for t in (self.packed, *self.constants().values()))
+
+    def constants(self) -> dict[str, Tensor]:
+        """The buffers with the scales, by name."""
+        return {name: cast(Tensor, self._buffers[name]) for name in CONSTANTS if self._buffers.get(name) is not None}
+
+    def extra_repr(self) -> str:
+        """As the plain module, and how it is quantised."""
+        q = self.quantisation
+        shape = super().extra_repr() or f"nf={self.features[0]}, nx={self.features[1]}"
+        detail = f", block {q.blocksize}{', double' if q.double else ''}" if q.mode in BLOCKWISE else ""
+        return f"{shape}, {q.mode}{detail}"
+
+    __repr__ = nn.Module.__repr__  # Conv1D has one that would not say it
+
+    # -------------------------------------------------------------- copies, moves, files
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return revived, (type(self).__mro__[2],), vars(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantised:
+        """Codes and scales follow to another device and keep their dtype, whatever they are declared as."""
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        own = {id(self.packed)} | {id(t) for t in self.constants().values()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if id(tensor) not in own or tensor.is_meta:
+                return fn(tensor)
+            return tensor.to(fn(tensor.new_empty(0)).device)
+
+        super()._apply(keep, recurse=False)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        held = {name: self._buffers.pop(name) for name in CONSTANTS if name in self._buffers}
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._buffers.update(held)
+        destination |= {
+            prefix + key: tensor
+            for key, tensor in file_constants(
+                self.quantisation, self.constants(), self.features, self.source_dtype
+            ).items()
+        }
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        """Takes codes as they are, or a floating weight of the plain shape, which it quantises."""
+        mine = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(f"{prefix}weight")}
+        mine |= {k: state_dict[prefix + k] for k in ("SCB", "weight_format") if prefix + k in state_dict}
+        packed, held = self._parameters.pop("weight"), dict(self._buffers)
+        self._buffers.clear()
+        found: list[str] = []
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, found, errors)
+        finally:
+            self._parameters = {"weight": packed, **self._parameters}
+            self._buffers.update(held)
+        unexpected += [key for key in found if key.removeprefix(prefix) not in mine]
+        if "weight" not in mine:
+            missing.append(f"{prefix}weight")
+            return
+        try:
+            load_weight(self, mine)
+        except QuantisationError as error:
+            errors.append(f"{prefix}weight: {error}")
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def quantised_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of quantised instances of `base`; still a subclass of it."""
+    if base not in _CLASSES:
+        _CLASSES[base] = type(f"Quantised{base.__name__}", (Quantised, base), {"__module__": __name__})
+    return _CLASSES[base]
+
+
+def revived(base: type[nn.Module]) -> nn.Module:
+    """An empty instance, for pickle and copy."""
+    kind = quantised_class(base)
+    return cast(nn.Module, kind.__new__(kind))
+
+
+# ------------------------------------------------------------------ changing modules
+def can_quantise(module: nn.Module) -> bool:
+    """Whether it is a projection whose only use of its weight is the product x W^T + b."""
+    weight = module._parameters.get("weight")
+    plain = type(module).forward is nn.Linear.forward or (is_conv1d(module) and "forward" in vars(type(module)))
+    return plain and weight is not None and weight.dim() == 2 and not isinstance(module, Quantised)
+
+
+@torch.no_grad()
+def quantise_module(
+    module: nn.Module, q: Quantisation, device: torch.device | None = None, compensate: bool = True
+) -> Quantised:
+    """Replace the weight of a Linear or Conv1D by its codes, in place; nothing changes if it raises.
+
+    device: where to quantise, and where the codes then are. compensate: ask the adapters on it first.
+    """
+    parameter = module._parameters.get("weight")
+    if parameter is None or not can_quantise(module):
+        raise QuantisationError(
+            f"{type(module).__name__} cannot be quantised: it is not a Linear or Conv1D with a plain forward, or it is "
+            "quantised already. Leave it out with skip=..."
+        )
+    weight = parameter.detach()
+    matrix = oriented(module, weight if device is None else weight.to(device))
+    parts = encode(compensated(module, matrix, q) if compensate else matrix, q)
+    samples = None if weight.is_meta else sample(weight)
+    module.quantisation, module.source_dtype, module.samples = q, weight.dtype, samples  # type: ignore[assignment]
+    module.features = tuple(oriented(module, weight).shape)  # type: ignore[assignment]
+    install(module, parts)
+    module.__class__ = quantised_class(type(module))
+    return cast(Quantised, module)
+
+
+def compensated(module: nn.Module, weight: Tensor, q: Quantisation) -> Tensor:
+    """What to quantise in place of the weight, by the word of the adapters on the module (`Adapter.compensate`)."""
+    container = module._modules.get("adapters")
+    for adapter in container.children() if container is not None and not weight.is_meta else ():
+        weight = adapter.compensate(weight, lambda w: decode(encode(w, q), (w.shape[0], w.shape[1]), q))  # type: ignore[operator]
+    return weight
+
+
+def oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    """(d_out, d_in): blocks run along the input."""
+    return weight.T.contiguous() if is_conv1d(module) else weight
+
+
+def install(module: nn.Module, parts: dict[str, Tensor]) -> None:
+    """Hang codes and constants on the module; bias and adapters stay."""
+    module._parameters["weight"] = nn.Parameter(parts["weight"], requires_grad=False)
+    for name in CONSTANTS:
+        module._buffers.pop(name, None)
+        if name in parts:
+            module._buffers[name] = parts[name]
+
+
+@dataclass(eq=False)
+class Frozen:
+    """A module as it was when it was quantised, tensors by reference; what `refreeze` needs."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    parameter: nn.Parameter
+    bias: nn.Parameter | None
+    buffers: dict[str, Tensor]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+ATTRIBUTES = ("quantisation", "source_dtype", "samples", "features")
+
+
+def foreign(module: nn.Module) -> bool:
+    """Whether it is a layer of bitsandbytes with a quantised weight (4 bits, or 8)."""
+    return type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether its weight is in codes, ours or bitsandbytes'."""
+    return isinstance(module, Quantised) or foreign(module)
+
+
+@torch.no_grad()
+def thaw(module: nn.Module, dtype: torch.dtype) -> Frozen:
+    """Make it a plain projection with the dequantised weight and a bias in `dtype`, in place; adapters stay."""
+    kind, parameter = type(module), cast(nn.Parameter, module._parameters["weight"])
+    if isinstance(module, Quantised):
+        weight, plain = module.dequantised(dtype), kind.__mro__[2]
+    else:
+        weight, plain = foreign_weight(module, dtype), nn.Linear
+    float_weight = weight if not is_conv1d(module) else weight.T.contiguous()
+    bias = module._parameters.get("bias")
+    frozen = Frozen(module, kind, parameter, bias, {}, {})
+    for name in CONSTANTS:
+        if name in module._buffers and isinstance(module, Quantised):
+            frozen.buffers[name] = cast(Tensor, module._buffers.pop(name))
+    frozen.attributes = {name: vars(module).pop(name) for name in ATTRIBUTES if name in vars(module)}
+    module._parameters["weight"] = nn.Parameter(float_weight, requires_grad=False)
+    if bias is not None:
+        module._parameters["bias"] = nn.Parameter(bias.detach().to(dtype, copy=True), bias.requires_grad)
+    module.__class__ = plain
+    return frozen
+
+
+def refreeze(frozen: Frozen) -> None:
+    """Undo `thaw`, bit for bit."""
+    module = frozen.module
+    module.__class__ = frozen.kind
+    module._parameters["weight"] = frozen.parameter
+    if frozen.bias is not None:
+        module._parameters["bias"] = frozen.bias
+    for name in CONSTANTS:
+        module._buffers.pop(name, None)
+    for name in ATTRIBUTES:
+        vars(module).pop(name, None)
+    module._buffers.update(frozen.buffers)
+    vars(module).update(frozen.attributes)
+
+
+def settings(frozen: Frozen) -> Quantisation:
+    """How a module was quantised that `thaw` made plain."""
+    if "quantisation" in frozen.attributes:
+        return cast(Quantisation, frozen.attributes["quantisation"])
+    state = getattr(frozen.parameter, "quant_state", None)
+    if state is None:
+        return Quantisation("int8")
+    return Quantisation(state.quant_type, state.blocksize, state.nested, frozen.module.compute_dtype)  # type: ignore[arg-type]
+
+
+def foreign_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The dequantised weight of a layer of bitsandbytes, (d_out, d_in)."""
+    parameter: Any = module._parameters["weight"]
+    if type(parameter).__name__ == "Int8Params":
+        state: Any = getattr(module, "state", None)
+        absmax = parameter.SCB if parameter.SCB is not None else getattr(state, "SCB", None)
+        if absmax is None:
+            raise QuantisationError("This 8-bit layer holds no scales yet: move the model to its device first.")
+        codes = parameter.data if parameter.data.dtype == torch.int8 else state.CB
+        return int8_weight(codes, absmax, dtype)
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        raise QuantisationError("This 4-bit layer is not quantised yet: move the model to its device first.")
+    nested, offset = (state.state2.absmax, state.offset) if state.nested else (None, None)
+    codes = parameter.data.view(torch.uint8).view(-1, 1)
+    blocks = Blocks(
+        codes, state.absmax, nested, offset, tuple(state.shape), state.quant_type, state.blocksize, state.dtype
+    )
+    return kernels("auto").dequantise(blocks, dtype)
+
+
+# ------------------------------------------------------------------ state dicts
+@torch.no_grad()
+def load_weight(module: Quantised, found: dict[str, Tensor]) -> None:
+    """Put the entries of a state dict into a quantised layer: codes of the same kind, or a floating weight."""
+    given, q, device = from_file(found), module.quantisation, module.packed.device
+    if given is None:
+        weight = found["weight"]
+        shape = module.features[::-1] if is_conv1d(module) else module.features
+        if tuple(weight.shape) != shape or not weight.is_floating_point():
+            raise QuantisationError(
+                f"{tuple(weight.shape)} {weight.dtype} is neither the floating weight {shape} nor codes with their "
+                "scales. Use a file of this model."
+            )
+        module.samples = sample(weight)
+        parts = encode(oriented(module, weight.to(device if device.type != "meta" else weight.device)), q)
+    else:
+        if given.shape != module.features or not given.quantisation.same_weights(q):
+            raise QuantisationError(
+                f"the file holds {given.quantisation.mode} of {given.shape} in blocks of {given.quantisation.blocksize}"
+                f"{' with' if given.quantisation.double else ' without'} double quantisation; this layer is "
+                f"{q.mode} of "
+                f"{module.features}, {q.blocksize}, {'with' if q.double else 'without'}. Use load_quantised, which "
+                "follows the file."
+            )
+        parts = restored(given, q)
+        module.source_dtype = given.source_dtype
+    put(module, parts, device)
+
+
+def put(module: Quantised, parts: dict[str, Tensor], device: torch.device) -> None:
+    """Copy into the tensors that are there; where there is no memory yet, take these."""
+    here = {"weight": module.packed, **module.constants()}
+    if device.type == "meta" or {k: t.shape for k, t in here.items()} != {k: t.shape for k, t in parts.items()}:
+        target = parts["weight"].device if device.type == "meta" else device
+        install(module, {name: tensor.to(target, copy=True) for name, tensor in parts.items()})
+        return
+    for name, tensor in parts.items():
+        here[name].copy_(tensor)
+
+
+def adopt_file(module: nn.Module, found: dict[str, Tensor], q: Quantisation) -> Quantised:
+    """Make a plain projection (on the meta device, most often) the quantised one that a file holds.
+
+    q: compute dtype, backend, and storage dtype; the rest is the file's.
+    """
+    given = from_file(found)
+    if given is None or not can_quantise(module):
+        raise QuantisationError(f"{type(module).__name__} is no projection that these entries could be put into.")
+    weight = cast(Tensor, module._parameters["weight"])
+    shape = tuple(weight.shape[::-1] if is_conv1d(module) else weight.shape)
+    if shape != given.shape:
+        raise QuantisationError(f"the file holds a weight of {given.shape}, the module has {shape}.")
+    own = {"compute_dtype": q.compute_dtype, "backend": q.backend, "storage_dtype": q.storage_dtype}
+    mine = replace(given.quantisation, **own)  # type: ignore[arg-type]
+    module.quantisation, module.source_dtype, module.samples = mine, given.source_dtype, None  # type: ignore[assignment]
+    module.features = given.shape  # type: ignore[assignment]
+    install(module, restored(given, mine))
+    module.__class__ = quantised_class(type(module))
+    return cast(Quantised, module)
