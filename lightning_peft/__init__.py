@@ -31,6 +31,17 @@ _PUBLIC = {
     "load_adapter": "lightning_peft.core.files",
     "load_checkpoint": "lightning_peft.checkpoint",
     "materialize": "lightning_peft.core.method",
+    "NF4Precision": "lightning_peft.precision",
+    "NF4FSDPPrecision": "lightning_peft.precision",
+    "quantise": "lightning_peft.precision",
+    "dequantise": "lightning_peft.precision",
+    "empty_weights": "lightning_peft.quantised_files",
+    "load_quantised": "lightning_peft.quantised_files",
+    "save_quantised": "lightning_peft.quantised_files",
+    "GradientCheckpointing": "lightning_peft.gradient_checkpointing",
+    "paged_adamw": "lightning_peft.optim",
+    "paged_adamw_8bit": "lightning_peft.optim",
+    "adamw_8bit": "lightning_peft.optim",
     "PEFTStrategyMixin": "lightning_peft.strategies",
     "PEFTSingleDeviceStrategy": "lightning_peft.strategies",
     "PEFTDDPStrategy": "lightning_peft.strategies",
@@ -55,6 +66,7 @@ if TYPE_CHECKING:
     from lightning_peft.core.files import load_adapter, save_adapter
     from lightning_peft.core.method import REGISTRY, Method, materialize
     from lightning_peft.core.sites import Site, sites
+    from lightning_peft.gradient_checkpointing import GradientCheckpointing
     from lightning_peft.methods import (
         IA3,
         MAM,
@@ -69,4 +81,7 @@ if TYPE_CHECKING:
         PrefixTuning,
         PromptTuning,
     )
+    from lightning_peft.optim import adamw_8bit, paged_adamw, paged_adamw_8bit
+    from lightning_peft.precision import NF4FSDPPrecision, NF4Precision, dequantise, quantise
+    from lightning_peft.quantised_files import empty_weights, load_quantised, save_quantised
     from lightning_peft.strategies import PEFTDDPStrategy, PEFTSingleDeviceStrategy, PEFTStrategyMixin

@@ -140,6 +140,7 @@ def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer, given: Map
 
     States with numbers pass through.
     """
+    check_optimizer(optimizer, given)
     if not any(isinstance(p, str) for group in given.get("param_groups", []) for p in group["params"]):
         return dict(given)
     names = _names(module, optimizer)
@@ -156,6 +157,27 @@ def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer, given: Map
         groups.append({**group, "params": list(range(start, start + len(own["params"])))})
         start += len(own["params"])
     return {**given, "state": {number[name]: value for name, value in given["state"].items()}, "param_groups": groups}
+
+
+HIDDEN = "__bnb_optimizer_quant_state__"  # under which bitsandbytes saves the tensors of a parameter's state
+BEGIN_ANEW = (
+    "or keep the trained weights and begin the optimizer's state anew: load_checkpoint(module, path), then fit without "
+    "ckpt_path. The checkpoint is as it was."
+)
+
+
+def check_optimizer(optimizer: Any, given: Mapping[str, Any]) -> None:
+    """Raise where one of torch's optimizers is given a state of bitsandbytes, or the other way round."""
+    entries = [entry for entry in given.get("state", {}).values() if isinstance(entry, Mapping)]
+    held = {key for entry in entries for key in entry.get(HIDDEN, entry)} - {"step"}
+    theirs, ours = "state1" in held, any(c.__module__.startswith("bitsandbytes.") for c in type(optimizer).__mro__)
+    if held and theirs != ours:
+        names = ("one of torch's optimizers", "one of bitsandbytes (paged_adamw, paged_adamw_8bit, adamw_8bit)")
+        raise CheckpointError(
+            f"The checkpoint holds the optimizer state of {names[theirs]}: {_some(sorted(held))}. "
+            f"{type(optimizer).__name__} is {names[ours]} and cannot go on from it. Resume with the optimizer of the "
+            f"checkpoint, {BEGIN_ANEW}"
+        )
 
 
 def _names(module: nn.Module, optimizer: Optimizer) -> list[str]:

@@ -17,7 +17,7 @@ from lightning_peft.core import quant
 from lightning_peft.core.codes import KERNELS
 from lightning_peft.core.quant import Blocks, QuantisationError
 
-OLDEST = (0, 49)
+OLDEST = (0, 50)
 """The oldest bitsandbytes that was tested."""
 KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

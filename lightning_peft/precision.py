@@ -250,8 +250,8 @@ def no_packed_eval(model: nn.Module) -> int:
     """Make layers of bitsandbytes safe to train after an eval forward on CPUs with AVX512-BF16 -> how many there are"""
     found = [m for m in state.base_modules(model) if foreign(m)]
     for module in found:
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            vars(module)["support_avx512bf16_for_cpu"] = False
+        if hasattr(module, state.REPACKING):
+            setattr(module, state.REPACKING, False)
     return len(found)
 
 

@@ -57,12 +57,12 @@ def load_run(directory: str | Path) -> Run:
         raise ConfigError(f"{directory} is a run on {config.get('kind', 'other data')}; predict reads sentences.")
     classes = results.get("classes", [])
     task = build_task(config, classes)
+    if config.get("precision") is not None:
+        build(config.precision).prepare_base(task)  # the base as it was trained on
     labels = results["adapter"]["labels"]
     for index, label in enumerate(labels):  # the first tells another base; it may change what the next ones look at
         path = directory / ADAPTER if len(labels) == 1 else directory / ADAPTER / label
         load_adapter(task, path, check_base=index == 0)
-    if config.get("precision") is not None:
-        build(config.precision).prepare_base(task)  # the base as it was trained on
     return Run(config.get("kind", ""), task.eval(), data, classes)
 
 

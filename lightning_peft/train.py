@@ -24,6 +24,7 @@ from lightning_peft import results, tracking
 from lightning_peft.callback import PEFT
 from lightning_peft.checks import ConfigError, check_method
 from lightning_peft.config import build, plain
+from lightning_peft.gradient_checkpointing import configured
 from lightning_peft.logs import closing_loggers, one_log
 
 log = logging.getLogger("lightning_peft")
@@ -89,10 +90,12 @@ def build_trainer(config: DictConfig, loggers: list[Logger]) -> pl.Trainer:
     """The Trainer with the method, the checkpoint and the user's own callbacks."""
     methods: list[PEFT] = [] if config.get("peft") is None else [build(config.peft)]
     more = [build(node) for node in (config.get("callbacks") or {}).values()]
-    callbacks = [*methods, *more, tracking.Tracking(plain(config))]
+    recompute = configured(plain(config).get("gradient_checkpointing"))
+    callbacks = [*methods, *recompute, *more, tracking.Tracking(plain(config))]
     if not config.trainer.get("fast_dev_run"):
         callbacks.append(build(config.checkpoint))
-    return build(config.trainer, callbacks=callbacks, logger=loggers or False)
+    more_options = {} if config.get("precision") is None else {"plugins": [build(config.precision)]}
+    return build(config.trainer, callbacks=callbacks, logger=loggers or False, **more_options)
 
 
 # ------------------------------------------------------------------ checks

@@ -52,6 +52,15 @@ def test_text_classification(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter.safetensors").is_file()
 
 
+def test_qlora(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers", reason="the tiny Llama comes with the extra [hf]")
+    pytest.importorskip("bitsandbytes", reason="paged AdamW comes with the extra [quant]")
+    results = load("qlora").main(epochs=2, examples=60)
+    assert 0 < results["test loss"] < 6
+    assert 0 < results["rounding"] < 1e-2
+    assert "merging into bfloat16" in capsys.readouterr().out
+
+
 def test_instruction_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", reason="the tiny Llama comes with the extra [hf]")
     loss = load("instruction_tuning").main(epochs=1, batches=4, folder=str(tmp_path))

@@ -93,6 +93,12 @@ class Quantisation:
         )
         return own == theirs
 
+    @property
+    def short(self) -> str:
+        """ "nf4, block 64, double" """
+        nested = ", double" if self.double else ""
+        return f"{self.mode}, block {self.blocksize}{nested}" if self.mode in BLOCKWISE else self.mode
+
     def describe(self) -> dict[str, Any]:
         """As plain types, for files."""
         return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in asdict(self).items()}

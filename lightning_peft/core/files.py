@@ -7,6 +7,7 @@ Tensors are keyed by what they are, not by the label under which they were train
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from lightning_peft.core.adapter import check_label
 from lightning_peft.core.method import REGISTRY, Method, apply_as, check_free, remove
 from lightning_peft.core.state import Applied
 
+log = logging.getLogger("lightning_peft")
 SCHEMA = 1
 WEIGHTS, CONFIG = "adapter.safetensors", "adapter.json"
 
@@ -122,6 +124,7 @@ def description(applied: Applied) -> dict[str, Any]:
         "config": {k: v for k, v in method.config(defaults=False).items() if k != "label"},
         "label": applied.label,
         "fingerprint": applied.fingerprint,
+        "base": state.quantised_as(applied),
         "versions": {"lightning_peft": lightning_peft.__version__, "torch": torch.__version__},
     }
 
@@ -212,6 +215,7 @@ def load_adapter(
     others = [a for a in state.all_applied(model) if a.cell.enabled]
     apply_as(method, model, label, trainable, keep=True)
     applied = state.get_applied(model, label)
+    tell_other_precision(Path(directory), applied)
     try:
         own, tensors = matched(model, applied, tensors, Path(directory), check_base)
         check_one_owner(own, tensors, others, Path(directory))
@@ -225,6 +229,15 @@ def load_adapter(
         for selected in applied.selected:
             selected.original = None if selected.mask is None else selected.original
     return method
+
+
+def tell_other_precision(directory: Path, applied: Applied) -> None:
+    """A line of log where the base is kept in other bits than the one that the adapter was trained on."""
+    before, now = read_config(directory).get("base"), state.quantised_as(applied)
+    if before is not None and before != now:
+        log.warning(
+            "%s was trained on a base in %s, this one is in %s: its outputs will differ.", directory, before, now
+        )
 
 
 def check_one_owner(own: dict[str, Tensor], tensors: dict[str, Tensor], others: list[Applied], directory: Path) -> None:

@@ -129,8 +129,8 @@ def _bins(kind: str, device: torch.device) -> Tensor:
 
 
 def _bin(scaled: Tensor, n: int) -> Tensor:
-    """[-1, 1] -> 0 .. 2n, int32; never falls where `scaled` rises."""
-    return (scaled * n).add_(n).int()
+    """[-1, 1] -> 0 .. 2n, int32; never falls where `scaled` rises. The ends take what lies beyond, and NaN."""
+    return (scaled * n).add_(n).int().clamp_(0, 2 * n)
 
 
 def _below(kind: str, device: torch.device) -> Tensor:
@@ -165,7 +165,10 @@ def _table(name: str, kind: str, like: Tensor) -> Tensor:
     key = (name, kind, like.device)
     if key not in _TABLES:
         with torch.inference_mode(False), torch.no_grad():
-            _TABLES[key] = _MAKERS[name](kind, like.device)
+            made = _MAKERS[name](kind, like.device)
+        if _abstract(made):  # a mode is on that makes everything fake
+            return made
+        _TABLES[key] = made
     return _TABLES[key]
 
 
@@ -280,7 +283,7 @@ def _absmax(values: Tensor, blocksize: int) -> Tensor:
 
 
 def _nearest(scaled: Tensor, kind: str) -> Tensor:
-    """The code of the value nearest to each of `scaled` in [-1, 1], uint8; a tie goes to the lower value."""
+    """The code of the value nearest to each of `scaled`, uint8; a tie goes to the lower value."""
     bins = _table("bins", kind, scaled)
     place = _bin(scaled, bins.numel() // 2)
     codes = _table("below", kind, scaled).index_select(0, place)
@@ -295,7 +298,6 @@ def _encode(values: Tensor, absmax: Tensor, kind: str, blocksize: int) -> Tensor
     scaled = values.clone()
     _scale_(scaled[:cut], 1.0 / absmax[:full].clamp(min=SMALLEST), blocksize)
     scaled[cut:].div_(absmax[full:])
-    scaled.clamp_(-1, 1)
     if bits_of(kind) == 4 and scaled.numel() % 2:
         scaled = pad(scaled, (0, 1))  # the half byte left over holds the code of zero
     return pack(_nearest(scaled, kind), bits_of(kind))

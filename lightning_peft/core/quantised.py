@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.codes import (
-    BLOCKWISE,
     CONSTANTS,
     BlockProduct,
     Int8Product,
@@ -107,10 +106,8 @@ class Quantised(nn.Module):
 
     def extra_repr(self) -> str:
         """As the plain module, and how it is quantised."""
-        q = self.quantisation
         shape = super().extra_repr() or f"nf={self.features[0]}, nx={self.features[1]}"
-        detail = f", block {q.blocksize}{', double' if q.double else ''}" if q.mode in BLOCKWISE else ""
-        return f"{shape}, {q.mode}{detail}"
+        return f"{shape}, {self.quantisation.short}"
 
     __repr__ = nn.Module.__repr__  # Conv1D has one that would not say it
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter, Adapters, Cell, Host, LabelError
 from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.codes import CONSTANTS, sample
-from lightning_peft.core.quantised import Frozen, Quantised, is_quantised
+from lightning_peft.core.quantised import Frozen, Quantised, foreign, is_quantised
 
 if TYPE_CHECKING:
     from lightning_peft.core.method import Method
@@ -26,6 +26,7 @@ FUSED: dict[type[nn.Module], str] = {
     nn.TransformerEncoderLayer: "activation_relu_or_gelu",
     nn.TransformerEncoder: "use_nested_tensor",
 }
+REPACKING = "support_avx512bf16_for_cpu"
 ATTRIBUTE = "_lightning_peft"  # where a model keeps its registry
 
 
@@ -145,11 +146,17 @@ class Registry:
                 yield module, name, before
 
     def leave_fused_paths(self, model: nn.Module) -> None:
-        """torch.nn's encoder layers skip their children in eval mode; those that hold adapters must not."""
+        """torch.nn's encoder layers skip their children in eval mode; those that hold adapters must not.
+
+        bitsandbytes' 4-bit layers repack themselves in eval mode on some CPUs, and give wrong gradients ever after.
+        """
         switched = {id(module) for module, _, _ in self.switches}
         for module in model.modules():
             name = FUSED.get(next((kind for kind in FUSED if isinstance(module, kind)), nn.Module))
-            if name and id(module) not in switched and any(isinstance(child, Adapter) for child in module.modules()):
+            held = name and any(isinstance(child, Adapter) for child in module.modules())
+            if foreign(module) and hasattr(module, REPACKING):
+                name, held = REPACKING, True
+            if name and held and id(module) not in switched:
                 self.switches.append((module, name, getattr(module, name)))
                 setattr(module, name, False)
 
@@ -196,6 +203,13 @@ def base_modules(model: nn.Module) -> Iterator[nn.Module]:
 def is_codes(module: nn.Module, name: str) -> bool:
     """Whether the parameter `name` of `module` is a quantised weight, which no gradient reaches."""
     return name == "weight" and is_quantised(module)
+
+
+def quantised_as(applied: Applied) -> str:
+    """How the projections that a method touches are kept: "nf4, block 64, double", or "floats"."""
+    kinds = {m.quantisation.short for m in applied.modules() if isinstance(m, Quantised)}
+    kinds |= {"codes of bitsandbytes" for m in applied.modules() if foreign(m)}
+    return "; ".join(sorted(kinds)) or "floats"
 
 
 def constant_names(model: nn.Module) -> list[str]:
