@@ -48,6 +48,8 @@ class Recompute(Route):
     input without gradient is as good as any.
     """
 
+    outermost = True
+
     def __init__(self, module: nn.Module, preserve_rng_state: bool = True) -> None:
         super().__init__(module)
         self.preserve_rng_state = preserve_rng_state
@@ -55,9 +57,7 @@ class Recompute(Route):
         self.counts = any(isinstance(m, _BatchNorm) for m in module.modules())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.base()  # noted before `rise` puts the caller in its place
-        if not torch.compiler.is_compiling():
-            self.rise()
+        run = self.base()
         if not (self.on and self.module.training and torch.is_grad_enabled()):
             return run(*args, **kwargs)
         if has_own(self.module):
@@ -70,15 +70,6 @@ class Recompute(Route):
         if self.counts:
             options["context_fn"] = partial(counted_once, self.module)
         return checkpoint(partial(named, run, tuple(kwargs)), *args, *kwargs.values(), **options)
-
-    def rise(self) -> None:
-        """Go outermost again, if adapters were put around the block since."""
-        top = above = vars(self.module).get("forward")
-        while isinstance(above, Route) and above is not self and above.inner is not self:
-            above = above.inner
-        if above is not self and isinstance(above, Route):  # else there, or below another library's wrapper
-            above.inner, self.inner = self.inner, top
-            self.module.forward = self
 
 
 def named(run: Callable[..., Any], names: tuple[str, ...], *values: Any) -> Any:
@@ -192,7 +183,6 @@ def checkpoint_blocks(
     for site in chosen(model, blocks, every):
         if (known := link_of(site.module)) is not None:
             known.preserve_rng_state = preserve_rng_state
-            known.rise()
             continue
         if owned_above(model, site.name):
             left.append(site.name)
@@ -285,11 +275,6 @@ class GradientCheckpointing(Callback):
                 len(idle),
                 shown(idle),
             )
-
-    @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        for link in self._links.values():
-            link.rise()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

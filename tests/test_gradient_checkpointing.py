@@ -30,6 +30,7 @@ from lightning_peft import gradient_checkpointing as module_under_test
 from lightning_peft.callback import PEFT
 from lightning_peft.config import compose
 from lightning_peft.core import state
+from lightning_peft.core.adapter import Adapter, attach
 from lightning_peft.core.attention import UnsupportedSiteError
 from lightning_peft.core.method import NothingToTrainError
 from lightning_peft.core.sites import TargetError
@@ -340,9 +341,8 @@ def test_the_link_is_outermost_in_any_order(order: str, last: str) -> None:
     for what in order.split():
         on[what]()
     inside = net.bert.encoder.layer[0].attention
-    step(net.train(), "bert")
     assert outermost(net) == [True, True]
-    assert runs(net, inside, lambda: step(net, "bert")) == 2
+    assert runs(net, inside, lambda: step(net.train(), "bert")) == 2
     for what in sorted(off, key=last.__eq__):
         off[what]()
         if what != "link" and last == "link":
@@ -350,6 +350,29 @@ def test_the_link_is_outermost_in_any_order(order: str, last: str) -> None:
             assert runs(net, inside, lambda: output(net, "bert")) == 1
     net.eval()
     assert not differences(before, snapshot(net))
+
+
+class Double(Adapter):
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out, weights = base(*args, **kwargs)
+        return 2 * out, weights
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_attention_that_is_opened_under_the_link(late: bool) -> None:
+    """A rewritten forward goes below the link and below adapters around the whole, whatever came first."""
+    net = zoo.build("encoder")
+    for layer in net.encoder.layers:
+        attach(layer.self_attn, "double", Double())
+    if late:
+        checkpoint_blocks(net, "attend")
+    make("lora", "encoder").apply(net)
+    checkpoint_blocks(net, "attend")
+    link: Any = vars(net.encoder.layers[0].self_attn)["forward"]
+    names = [type(x).__name__ for x in (link, link.inner, link.inner.inner)]
+    assert names == ["Recompute", "Route", "MultiheadForward"]
+    uncheckpoint_blocks(net)
+    check_exact(net, partial(loss, model="encoder"), blocks="attend")
 
 
 def test_the_first_step_after_a_late_adapter_is_exact() -> None:

@@ -142,6 +142,8 @@ def through(module: nn.Module | None, base: Callable[..., Any], *args: Any, **kw
 class Route:
     """Stands in for `module.forward`; what was there before (the class's own, or another library's) runs innermost."""
 
+    outermost = False  # stays around what is put on the module later
+
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.inner: Callable[..., Any] | None = vars(module).get("forward")
@@ -207,7 +209,7 @@ def _open(module: nn.Module) -> None:
         )
     module.add_module("adapters", Adapters().train(module.training))
     if not isinstance(module, Host):
-        module.forward = Route(module)  # type: ignore[method-assign]
+        insert(module, Route(module), below(module, lambda link: link.outermost))
 
 
 def detach(module: nn.Module, label: str) -> Adapter:
@@ -240,12 +242,22 @@ def unlink(module: nn.Module, kind: type[Route]) -> None:
 
 def take_over(module: nn.Module, kind: type[Takeover]) -> None:
     """Install `kind` under any adapters that are around the whole module already; once."""
-    link = vars(module).get("forward")
-    if isinstance(link, kind):
-        return
-    if type(link) is not Route:
-        module.forward = kind(module)  # type: ignore[method-assign]
-        return
-    if not isinstance(link.inner, kind):
-        takeover = kind(module)
-        takeover.inner, link.inner = link.inner, takeover
+    above = below(module, lambda link: link.outermost or type(link) is Route)
+    if not isinstance(vars(module).get("forward") if above is None else above.inner, kind):
+        insert(module, kind(module), above)
+
+
+def below(module: nn.Module, over: Callable[[Route], bool]) -> Route | None:
+    """The last of the first links in the chain of forwards for which `over` holds."""
+    above, link = None, vars(module).get("forward")
+    while isinstance(link, Route) and over(link):
+        above, link = link, link.inner
+    return above
+
+
+def insert(module: nn.Module, link: Route, above: Route | None) -> None:
+    """Put a link into the chain of forwards, below `above`, or on top."""
+    if above is None:
+        module.forward = link  # type: ignore[method-assign]
+    else:
+        link.inner, above.inner = above.inner, link
