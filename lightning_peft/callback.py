@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class PEFT(Method, Callback):
         applied = state.applied_to(model).get(self.name_on_model) if model is not None else None
         entry: dict[str, Any] = {"method": self.info.name, "config": self.config(), "label": self.name_on_model}
         if applied is not None:
-            entry["fingerprint"] = applied.fingerprint
+            entry |= {"fingerprint": applied.fingerprint, "base": state.quantised_as(applied)}
             if self._leads(model):
                 entry["rng"] = self._resume.state_dict()
         return entry
@@ -134,6 +134,7 @@ class PEFT(Method, Callback):
             )
         if model is not None:
             checkpoint.check_base(model, self.name_on_model, state_dict.get("fingerprint"))
+            checkpoint.tell_other_precision(model, self.name_on_model, state_dict.get("base"))
             checkpoint.check_config(model, self.name_on_model, state_dict.get("config", {}))
         if "rng" in state_dict and model is not None:
             (leader(model) or self)._resume.load_state_dict(state_dict["rng"])
@@ -220,7 +221,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 def check_callbacks(trainer: pl.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             raise LifeCycleError(
                 f"{type(callback).__name__} copies the whole model and writes the copy into checkpoints, the "
                 f"frozen base "
@@ -265,8 +266,8 @@ def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> Non
     if not isinstance(strategy, DDPStrategy):
         return
     frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
-    check_equal_across_ranks(pl_module, frozen)
     frozen += state.constant_names(pl_module)
+    check_equal_across_ranks(pl_module, frozen)
     vars(pl_module).setdefault("_peft_ignored_before", getattr(pl_module, IGNORED, None))
     ignored = [*frozen, *(vars(pl_module)["_peft_ignored_before"] or [])]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)
@@ -284,7 +285,7 @@ def check_equal_across_ranks(module: nn.Module, names: list[str]) -> None:
     """Raise where ranks hold different values under these names: nothing would ever make them equal."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    parameters = dict(module.named_parameters())
+    parameters = {**dict(module.named_buffers()), **dict(module.named_parameters())}
     mine = {name: state.fingerprint([(name, parameters[name])], samples=64) for name in names}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

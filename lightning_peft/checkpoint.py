@@ -6,6 +6,7 @@ One implementation for the callback alone (it lends these functions to a plain s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch.optim import Optimizer
 
 from lightning_peft.core import state
 from lightning_peft.core.method import REGISTRY, Method
+
+log = logging.getLogger("lightning_peft")
 
 
 class CheckpointError(RuntimeError):
@@ -80,6 +83,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Metho
             method.apply(module)
         for entry in entries:
             check_base(module, entry["label"], entry.get("fingerprint"))
+            tell_other_precision(module, entry["label"], entry.get("base"))
             check_config(module, entry["label"], entry["config"])
         load_model_state(module, saved["state_dict"])
     except Exception:
@@ -105,6 +109,13 @@ def check_config(module: nn.Module, label: str, saved: Mapping[str, Any]) -> Non
             f"{label!r} was trained with other settings ({shown}), so the result would be another. Use those of the "
             "checkpoint."
         )
+
+
+def tell_other_precision(module: nn.Module, label: str, before: str | None) -> None:
+    """A line of log where the base is kept in other bits than when the checkpoint was made."""
+    applied = state.applied_to(module).get(label)
+    if before is not None and applied is not None and before != (now := state.quantised_as(applied)):
+        log.warning("%r was trained on a base in %s, this one is in %s: its outputs will differ.", label, before, now)
 
 
 def check_base(module: nn.Module, label: str, fingerprint: str | None) -> None:

@@ -27,6 +27,18 @@ def check(config: DictConfig, models: Mapping[str, list[str]]) -> None:
         if isinstance(node, DictConfig) and "_target_" in node:
             check_target(key, node)
     check_method(config)
+    check_precision(config)
+
+
+def check_precision(config: DictConfig) -> None:
+    """Build the plugin once: it knows its ranges."""
+    from lightning_peft.config import build
+
+    if config.get("precision") is not None:
+        try:
+            build(config.precision)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"precision: {error}") from error
 
 
 def check_kind(config: DictConfig, models: Mapping[str, list[str]]) -> None:

@@ -5,18 +5,19 @@ Importing this file registers the backend "bitsandbytes" where the package is th
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_peft.core import quant
-from lightning_peft.core.codes import KERNELS
+from lightning_peft.core.codes import KERNELS, all_finite
 from lightning_peft.core.quant import Blocks, QuantisationError
 
+log = logging.getLogger("lightning_peft")
 OLDEST = (0, 50)
 """The oldest bitsandbytes that was tested."""
 KNOWN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,9 +48,10 @@ class BitsandbytesKernels:
     @staticmethod
     def quantise(weight: Tensor, kind: str, blocksize: int, double: bool) -> Blocks:
         """As `core.quant.quantise`; the checks are its own."""
-        plain = kind in ("nf4", "fp4") and weight.dtype in KNOWN_DTYPES and not weight.is_meta and weight.numel() > 0
-        if not plain or blocksize not in quant.BLOCKSIZES or not torch.isfinite(weight).all():
-            return quant.quantise(weight, kind, blocksize, double)  # which says what is wrong, where something is
+        plain = kind in ("nf4", "fp4") and weight.dtype in KNOWN_DTYPES and weight.numel() > 0
+        known = plain and weight.device.type == "cuda" and blocksize in quant.BLOCKSIZES and blocksize >= 32
+        if not known or not all_finite(weight):  # torch's is the faster one on a CPU, and says what is wrong
+            return quant.quantise(weight, kind, blocksize, double)
         ops = torch.ops.bitsandbytes
         codes, absmax = ops.quantize_4bit(weight.contiguous(), blocksize, kind, torch.uint8)
         nested = offset = None
@@ -69,7 +71,10 @@ class BitsandbytesKernels:
             scales = ops.dequantize_blockwise(scales, blocks.nested_absmax, table, 256, torch.float32)
             scales = scales.add_(blocks.offset)
         direct = dtype if dtype in KNOWN_DTYPES else torch.float32
-        return ops.dequantize_4bit(blocks.codes, scales, blocks.blocksize, blocks.kind, blocks.shape, direct).to(dtype)
+        # flat: with rows that are no multiple of the block, its CPU kernel takes the scales of the wrong blocks
+        flat = [math.prod(blocks.shape)]
+        values = ops.dequantize_4bit(blocks.codes, scales, blocks.blocksize, blocks.kind, flat, direct)
+        return values.view(blocks.shape).to(dtype)
 
     @staticmethod
     def int8_product(a: Tensor, b: Tensor) -> Tensor:
@@ -79,9 +84,14 @@ class BitsandbytesKernels:
 
 def register() -> None:
     """Make the backend known; it does nothing where the package is missing or too old."""
-    with contextlib.suppress(ImportError):
+    try:
         bitsandbytes_or_raise("backend='bitsandbytes'")
-        KERNELS.setdefault("bitsandbytes", BitsandbytesKernels())
+    except ImportError:
+        return
+    except Exception as error:  # of its own libraries: a broken installation
+        log.warning("bitsandbytes is installed and cannot be imported (%s); torch's kernels are used.", error)
+        return
+    KERNELS.setdefault("bitsandbytes", BitsandbytesKernels())
 
 
 def require(backend: str) -> None:

@@ -11,6 +11,7 @@ trains, whatever the order in which methods and the plugin come.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import re
 from collections import Counter
@@ -27,17 +28,21 @@ from typing_extensions import override
 
 from lightning_peft import kernels
 from lightning_peft.core import state
-from lightning_peft.core.codes import BLOCKWISE, MODES, Quantisation
-from lightning_peft.core.quant import BLOCKSIZES, QuantisationError
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.codes import BLOCKWISE, COMPUTE, Quantisation, all_finite
+from lightning_peft.core.method import freeze
+from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.quantised import (
     Quantised,
     can_quantise,
     foreign,
     is_quantised,
     quantise_module,
+    restore_floats,
+    store_as,
     thaw,
 )
-from lightning_peft.core.sites import TargetError, sites
+from lightning_peft.core.sites import ALIASES, GROUPS, ROLES, TargetError, sites, tokens
 
 log = logging.getLogger("lightning_peft")
 
@@ -86,19 +91,11 @@ def quantisation(
     threshold: float = 6.0,
 ) -> Quantisation:
     """Checked settings. compute_dtype: None takes that of the activations."""
-    if mode not in MODES:
-        raise QuantisationError(f"mode={mode!r} is unknown. Known: {', '.join(MODES)}.")
-    if mode in BLOCKWISE and blocksize not in BLOCKSIZES:
-        raise QuantisationError(f"blocksize={blocksize!r} is unknown. Known: {', '.join(map(str, BLOCKSIZES))}.")
     known: dict[str, tuple[str | None, ...]] = {"compute_dtype": ("bfloat16", "float16", "float32", None)}
     known["storage_dtype"] = ("uint8", "bfloat16", "float16", "float32")
     for name, value in (("compute_dtype", compute_dtype), ("storage_dtype", storage_dtype)):
         if value not in known[name]:
             raise QuantisationError(f"{name}={value!r} is unsupported. Known: {', '.join(map(str, known[name]))}.")
-    if threshold < 0:
-        raise QuantisationError(f"threshold={threshold!r}: expected 0 (no outliers apart) or a magnitude such as 6.0.")
-    if mode == "int8" and storage_dtype != "uint8":
-        raise QuantisationError("storage_dtype is for 4-bit codes; int8 weights are kept as int8. Leave it out.")
     kernels.require(backend)
     compute = None if compute_dtype is None else getattr(torch, compute_dtype)
     return Quantisation(mode, blocksize, double_quant, compute, getattr(torch, storage_dtype), backend, threshold)
@@ -121,31 +118,83 @@ def quantise(
     where the codes stay. allow_meta: weights without memory give codes without memory (for plans).
     Errors: QuantisationError, before anything was changed.
     """
+    if settings is not None and options:
+        raise QuantisationError(f"Both settings={settings} and {', '.join(options)} are given. Give one of the two.")
     q = settings or quantisation(**options)
     check_before(model)
+    check_untrained(model)
+    return _quantise(model, q, targets, skip, device, allow_meta)
+
+
+def _quantise(
+    model: nn.Module,
+    q: Quantisation,
+    targets: str | list[str],
+    skip: str | list[str] | None,
+    device: torch.device | str | None = None,
+    allow_meta: bool = False,
+) -> Report:
     chosen, left = choose(model, targets, skip)
     check_weights(chosen, allow_meta)
     where = None if device is None else torch.device(device)
     before = after = parameters = 0
-    for module in chosen.values():
-        weight = cast(Tensor, module._parameters["weight"])
-        parameters, before = parameters + weight.numel(), before + weight.nbytes
-        del weight  # nothing but the module holds it: its memory is free before the next one is quantised
-        after += quantise_module(module, q, where).nbytes
+    undo = Undo(list(chosen.values()))
+    try:
+        for module in chosen.values():
+            weight = cast(Tensor, module._parameters["weight"])
+            parameters, before = parameters + weight.numel(), before + weight.nbytes
+            del weight  # nothing but the module holds it: its memory is free before the next one is quantised
+            after += quantise_module(module, q, where).nbytes
+    except Exception:
+        undo()
+        raise
     return Report(q, len(chosen), parameters, before, after, left)
+
+
+class Undo:
+    """The weights before, kept until all are quantised; only where adapters have a word in it, which may fail."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        adapters = [a for module in modules for a in compensating(module)]
+        self.weights = [(m, type(m), cast(nn.Parameter, m._parameters["weight"])) for m in modules if adapters]
+        self.tensors = [(a, {k: t.detach().clone() for k, t in a.state_dict().items()}) for a in adapters]
+
+    def __call__(self) -> None:
+        for module, kind, parameter in self.weights:
+            restore_floats(module, kind, parameter)
+        for adapter, tensors in self.tensors:
+            adapter.load_state_dict(tensors)
+
+
+def compensating(module: nn.Module) -> list[Adapter]:
+    """The adapters on it that may replace what is quantised."""
+    container = module._modules.get("adapters")
+    found = [a for a in container.children() if isinstance(a, Adapter)] if container is not None else []
+    return [a for a in found if type(a).compensate is not Adapter.compensate]
 
 
 def dequantise(model: nn.Module, dtype: Dtype | torch.dtype = "bfloat16") -> int:
     """Make every quantised projection of `model` a plain one in `dtype`, in place -> how many"""
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(
+        str(dtype).removeprefix("torch.")
+    )
+    if kind is None:
+        raise QuantisationError(f"dtype={dtype!r} is no dtype to dequantise into. Known: float32, bfloat16, float16.")
     merged = [a.label for a in state.all_applied(model) if a.cell.merged]
     if merged:
         raise QuantisationError(f"{merged[0]!r} is merged into this model. Unmerge it first, or unload it for good.")
+    state.check_not_repacked(model)
     found = [m for m in state.base_modules(model) if is_quantised(m)]
     if not found:
         raise QuantisationError(f"This {type(model).__name__} has no quantised projection.")
     for module in found:
+        trained = isinstance(module, Quantised) and module.trained
         thaw(module, kind)
+        cast(nn.Parameter, module._parameters["weight"]).requires_grad_(trained)
+        for registry in state.registries(model):
+            registry.note(module, trained)
+    if state.all_applied(model):
+        freeze(model)
     return len(found)
 
 
@@ -163,17 +212,18 @@ def choose(
     """name -> projection that will be quantised; reason -> names of those that will not"""
     try:
         found = {site.name: site.module for site in sites(model, targets)}
-        skipped = {id(m) for site in sites(model, skip) for m in site.module.modules()} if skip else set()
     except TargetError as error:
         raise QuantisationError(f"Nothing to quantise in this {type(model).__name__}: {error}") from error
+    try:
+        skipped = {id(m) for site in sites(model, skip) for m in site.module.modules()} if skip else set()
+    except TargetError as error:
+        raise QuantisationError(str(error).replace("targets=", "skip=")) from error
     chosen: dict[str, nn.Module] = {}
     left: dict[str, list[str]] = {}
-    tied, training = (
-        tied_weights(model),
-        {id(p) for a in state.all_applied(model) for s in a.selected for p in [s.parameter]},
-    )
+    tied, named = tied_weights(model), named_by_pattern(model, targets)
+    training = {id(s.parameter) for a in state.all_applied(model) for s in a.selected}
     for name, module in found.items():
-        why = reason(name, module, skipped, tied, training)
+        why = reason(name, module, skipped, tied, training, named)
         if why:
             left.setdefault(why, []).append(name)
         else:
@@ -187,12 +237,19 @@ def choose(
     return chosen, left
 
 
-def reason(name: str, module: nn.Module, skipped: set[int], tied: set[int], training: set[int]) -> str:
+def named_by_pattern(model: nn.Module, targets: str | list[str]) -> set[str]:
+    """Names that `targets` gives by a glob or a regex, not by a role."""
+    words = {*ROLES, *GROUPS, *ALIASES}
+    patterns = [token for token in tokens(targets, "targets") if token.removesuffix("?") not in words]
+    return {site.name for site in sites(model, patterns)} if patterns else set()
+
+
+def reason(name: str, module: nn.Module, skipped: set[int], tied: set[int], training: set[int], named: set[str]) -> str:
     """Why a projection is left as it is; "" if it is not."""
     weight = module._parameters.get("weight")
     if id(module) in skipped:
         return "skipped"
-    if ROUTERS.fullmatch(name):
+    if ROUTERS.fullmatch(name) and name not in named:
         return "routers"
     if not can_quantise(module) or weight is None:
         return "with a forward of their own"
@@ -217,15 +274,33 @@ def check_before(model: nn.Module) -> None:
             f"{len(known)} projections of this {type(model).__name__} are quantised already ({how}). Quantising codes "
             "again would only add error: load the base anew, or `dequantise` it first."
         )
+    if merged := [a.label for a in state.all_applied(model) if a.cell.merged]:
+        raise QuantisationError(f"{merged[0]!r} is merged into this model. Unmerge it first, or unload it for good.")
+
+
+def check_untrained(model: nn.Module) -> None:
+    """Raise where an optimizer holds what would become codes."""
+    weights = {id(p): p for m in state.base_modules(model) for p in m._parameters.values() if p is not None}
     trainer = getattr(model, "_trainer", None)
-    grads = any(p.grad is not None for m in state.base_modules(model) for p in m._parameters.values() if p is not None)
-    if grads or (trainer is not None and trainer.optimizers):
+    busy = any(p.grad is not None for p in weights.values()) or (trainer is not None and trainer.optimizers)
+    if busy or held_by_optimizer(weights):
         raise QuantisationError(
             "An optimizer is at work on this model already; it would go on with the old weights. Quantise before the "
             "optimizer is built: Trainer(plugins=[NF4Precision(...)]), or quantise(model) right after it is loaded."
         )
-    if merged := [a.label for a in state.all_applied(model) if a.cell.merged]:
-        raise QuantisationError(f"{merged[0]!r} is merged into this model. Unmerge it first, or unload it for good.")
+
+
+def held_by_optimizer(weights: dict[int, nn.Parameter]) -> bool:
+    """Whether an optimizer that is still there was given one of these parameters."""
+
+    def found() -> bool:
+        alive = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+        return any(id(p) in weights for o in alive for group in o.param_groups for p in group["params"])
+
+    if not found():
+        return False
+    gc.collect()  # those that only wait to be collected do no harm
+    return found()
 
 
 def check_weights(chosen: dict[str, nn.Module], allow_meta: bool) -> None:
@@ -237,9 +312,10 @@ def check_weights(chosen: dict[str, nn.Module], allow_meta: bool) -> None:
                 f"The weight of {name!r} is on the meta device: it was never loaded. Use load_quantised(model, path), "
                 "which reads and quantises layer by layer, or load the weights first."
             )
-        if not weight.is_floating_point():
-            raise QuantisationError(f"The weight of {name!r} is {weight.dtype}; expected a floating-point dtype.")
-        if not weight.is_meta and not torch.isfinite(weight).all():
+        if weight.dtype not in COMPUTE:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTE)
+            raise QuantisationError(f"The weight of {name!r} is {weight.dtype}; expected one of {known}.")
+        if not weight.is_meta and not all_finite(weight):
             raise QuantisationError(
                 f"The weight of {name!r} holds NaN or infinity, which would spoil its blocks. Load the base again, or "
                 f"leave it out: skip={name!r}."
@@ -264,28 +340,31 @@ class QuantisedBase:
     skip: str | list[str] | None
     rest_dtype: Dtype | None
     scaling: MixedPrecision | None
-    mixed: bool
+    mixed: torch.dtype | None  # of autocast
 
     def configure(self, settings: Quantisation, targets: Any, skip: Any, rest_dtype: Dtype | None) -> None:
         self.settings, self.targets, self.skip, self.rest_dtype = settings, targets, skip, rest_dtype
-        self.scaling, self.mixed = None, settings.compute_dtype not in (None, torch.float32)
+        rest = None if rest_dtype is None else getattr(torch, rest_dtype)
+        halves = [dtype for dtype in (settings.compute_dtype, rest) if dtype in (torch.bfloat16, torch.float16)]
+        self.scaling, self.mixed = None, halves[0] if halves else None
 
     def prepare_base(self, module: nn.Module, device: torch.device | None = None) -> None:
         """Quantise what is not; called when the module is built and has its adapters, and again by the strategy."""
+        state.check_not_repacked(module)
         if no_packed_eval(module):
             return  # quantised by another library; accepted as it is
         known = [m for m in state.base_modules(module) if isinstance(m, Quantised)]
         if not known:
             with keeping_applied(module):
-                rank_zero_info(
-                    str(quantise(module, self.settings, targets=self.targets, skip=self.skip, device=device))
-                )
+                check_before(module)
+                rank_zero_info(str(_quantise(module, self.settings, self.targets, self.skip, device)))
         elif other := next((m for m in known if not m.quantisation.same_weights(self.settings)), None):
             raise QuantisationError(
                 f"This {type(module).__name__} is quantised already, as {other.quantisation.describe()}; this plugin "
                 f"says {self.settings.describe()}. Use the same settings, or load the base anew."
             )
         for layer in known:
+            store_as(layer, self.settings.storage_dtype)
             layer.quantisation = with_compute(layer.quantisation, self.settings)
         self.cast_rest(module)
 
@@ -294,29 +373,43 @@ class QuantisedBase:
         if self.rest_dtype is None:
             return
         dtype = getattr(torch, self.rest_dtype)
-        applied = state.all_applied(module)
+        trainer = getattr(module, "_trainer", None)
+        trains = bool(state.all_applied(module)) or (trainer is not None and trainer.state.fn == "fit")
         for owner in state.base_modules(module):
             for name, p in owner._parameters.items():
-                codes = isinstance(owner, Quantised) and name == "weight"
-                if p is not None and p.is_floating_point() and not codes and not (p.requires_grad and applied):
+                codes = state.is_codes(owner, name)
+                if p is not None and p.is_floating_point() and not codes and not (p.requires_grad and trains):
                     p.data = p.data.to(dtype)
+                    for kept, buffer in owner._buffers.items():  # running statistics; tables that no file holds stay
+                        floats = buffer is not None and buffer.is_floating_point() and not isinstance(owner, Quantised)
+                        if floats and kept not in owner._non_persistent_buffers_set:
+                            owner._buffers[kept] = cast(Tensor, buffer).to(dtype)
 
     # -------------------------------------------------------------- Lightning's hooks
     def convert_module(self, module: nn.Module) -> nn.Module:
         """For runs without a method, where nothing was quantised yet."""
+        trainer = getattr(module, "_trainer", None)
+        fresh = not any(is_quantised(m) for m in state.base_modules(module))
+        if fresh and trainer is not None and trainer.state.fn == "fit":
+            log.warning(
+                "No method is on this module, so checkpoints of this run hold the base's codes, which load into a "
+                "quantised "
+                "module only. To resume, use a method (LinearProbe trains a head), or call quantise(self) in "
+                "configure_model."
+            )
         self.prepare_base(module)
         return module
 
     @contextlib.contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        """Autocast to the compute dtype where it has 16 bits."""
-        if not self.mixed:
+        """Autocast to the compute dtype, or that of the rest, where it has 16 bits."""
+        if self.mixed is None:
             yield
             return
         kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         with contextlib.ExitStack() as stack:
             for kind in kinds:
-                stack.enter_context(torch.autocast(kind, dtype=cast(torch.dtype, self.settings.compute_dtype)))
+                stack.enter_context(torch.autocast(kind, dtype=self.mixed))
             yield
 
     def state_dict(self) -> dict[str, Any]:

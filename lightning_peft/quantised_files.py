@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,8 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.core import state
-from lightning_peft.core.codes import STATE_KEY, Quantisation
+from lightning_peft.core.codes import CONSTANTS, STATE_KEY, Quantisation
 from lightning_peft.core.files import add_prefix, drop_prefix, replace_directory, umask
+from lightning_peft.core.method import sorted_modules
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.quantised import (
     Quantised,
@@ -39,6 +41,7 @@ from lightning_peft.core.quantised import (
     load_weight,
     quantise_module,
 )
+from lightning_peft.core.sites import find
 from lightning_peft.precision import choose, quantisation
 
 log = logging.getLogger("lightning_peft")
@@ -98,8 +101,12 @@ def check_exportable(model: nn.Module, directory: Path) -> None:
     """Raise where there is nothing to export, or where exporting would lose something."""
     if directory.exists() and not directory.is_dir():
         raise BaseFileError(f"{directory} is a file; an exported base is a directory. Choose another path.")
-    if directory.is_dir() and not (directory / ABOUT).is_file() and any(directory.iterdir()):
-        raise BaseFileError(f"{directory} holds other files, which replacing it would lose. Choose another path.")
+    ours = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|quantisation\.json")
+    others = sorted(p.name for p in directory.iterdir() if not ours.fullmatch(p.name)) if directory.is_dir() else []
+    if others or (directory.is_dir() and any(directory.iterdir()) and not (directory / ABOUT).is_file()):
+        raise BaseFileError(
+            f"{directory} holds other files ({others[:3]}), which replacing it would lose. Choose another path."
+        )
     modules = list(state.base_modules(model))
     if any(foreign(m) for m in modules):
         raise BaseFileError("This base has layers of bitsandbytes' own. Export it with model.save_pretrained(...).")
@@ -117,14 +124,14 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """name -> tensor of the base's state dict, each tensor under its first name only"""
     names = {id(m): name for name, m in model.named_modules()}
     out: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for module in state.base_modules(model):
+    seen: dict[int, Tensor] = {}  # kept alive, so that no id is given twice
+    for module in sorted_modules(model):
         own: dict[str, Tensor] = {}
         prefix = f"{names[id(module)]}." if names[id(module)] else ""
         module._save_to_state_dict(own, prefix, keep_vars=True)
         for name, tensor in own.items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
-                seen.add(id(tensor))
+            if isinstance(tensor, Tensor) and id(tensor) not in seen and name != f"{prefix}samples":
+                seen[id(tensor)] = tensor
                 out[name] = tensor.detach()
     return out
 
@@ -171,8 +178,14 @@ def verify(tensors: dict[str, Tensor], directory: Path) -> None:
     """Read back what was written, bit for bit."""
     source = Source(directory)
     for name, tensor in tensors.items():
-        if not torch.equal(source.read(name), tensor.cpu()):
+        if not same_bytes(source.read(name), tensor.cpu()):
             raise BaseFileError(f"{name!r} was read back otherwise than it was written. Is the disk full?")
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit; packed codes may be declared as floats, of which some are NaN."""
+    raw = [t.contiguous().flatten().view(torch.uint8) for t in (a, b)]
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*raw)
 
 
 # ------------------------------------------------------------------ reading
@@ -190,7 +203,7 @@ class Source:
         index = self.path if self.path.name.endswith(".index.json") else self.path / INDEX
         if index.is_file():
             try:
-                where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise BaseFileError(
                     f"{index} is no index of shards ({error!r}). Download or export it again."
@@ -294,28 +307,55 @@ def load_quantised(
     source = Source(path)
     rename = aligned(model, source)
     coded = any(STATE_KEY in name or name.endswith(".SCB") for name in rename)
+    coded = coded or any(isinstance(m, Quantised) for m in model.modules())
     chosen = {} if coded else choose(model, targets, skip)[0]
     where = None if device is None else torch.device(device)
     loading = Loading(source, rename, settings or quantisation(**options), chosen, where, checked_dtype(dtype))
+    ties = tied(model)
     missing = fill(model, loading)
-    initialise(model, missing, fresh, loading)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()  # type: ignore[operator]
-    check_complete(model, source)
-    for name, values in source.samples().items():
-        if isinstance(layer := modules_by_name(model).get(name), Quantised):
-            layer.samples = values
+    missing = tie_again(ties, missing)
+    missing = initialise(model, missing, fresh, loading)
+    check_complete(model, source, missing)
+    name_samples(model, source.samples(), rename)
     return model
+
+
+def name_samples(model: nn.Module, samples: dict[str, Tensor], rename: dict[str, str]) -> None:
+    """Give each layer the values that the export tells of its weight."""
+    for name, module in model.named_modules():
+        inside = rename.get(f"{name}.weight", "").removesuffix(".weight")
+        if isinstance(module, Quantised) and inside in samples:
+            module.samples = samples[inside]
+
+
+Holder = tuple[nn.Module, str]
+
+
+def tied(model: nn.Module) -> list[list[Holder]]:
+    """Modules and names that hold one parameter together"""
+    holders: dict[int, list[Holder]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name))
+    return [group for group in holders.values() if len(group) > 1]
+
+
+def tie_again(ties: list[list[Holder]], missing: list[Missing]) -> list[Missing]:
+    """What was loaded for one holder is that of all; -> what is missing still"""
+    absent = {(id(module), name) for _, module, name in missing}
+    for group in ties:
+        loaded = [(m, n) for m, n in group if (id(m), n) not in absent]
+        for module, name in group if loaded else ():
+            module._parameters[name] = loaded[0][0]._parameters[loaded[0][1]]
+            absent.discard((id(module), name))
+    return [entry for entry in missing if (id(entry[1]), entry[2]) in absent]
 
 
 def checked_dtype(name: str | None) -> torch.dtype | None:
     if name not in (None, "float32", "bfloat16", "float16"):
         raise BaseFileError(f"dtype={name!r} is unknown. Known: float32, bfloat16, float16.")
     return None if name is None else getattr(torch, name)
-
-
-def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(model.named_modules())
 
 
 def names_in(model: nn.Module) -> set[str]:
@@ -329,41 +369,53 @@ def aligned(model: nn.Module, source: Source) -> dict[str, str]:
     """
     own = names_in(model)
     inner = [name for name, _ in model.named_modules() if name and name.count(".") < 2]
-    outer = sorted({name.partition(".")[0] for name in source.files})
+    outer = sorted({".".join(name.split(".")[:depth]) for name in source.files for depth in (1, 2)})
     candidates = [{name: name for name in source.files}]
     candidates += [{add_prefix(prefix, name): name for name in source.files} for prefix in inner]
     candidates += [{drop_prefix(prefix, name): name for name in source.files} for prefix in outer]
     return max(candidates, key=lambda names: len(own & set(names)))
 
 
-def fill(model: nn.Module, loading: Loading) -> list[tuple[str, nn.Module, str]]:
-    """Put what the files hold into the modules -> (name, module, attribute) of what they do not hold."""
+Missing = tuple[str, nn.Module, str]  # full name, module, attribute
+
+
+def fill(model: nn.Module, loading: Loading) -> list[Missing]:
+    """Put what the files hold into the modules -> what they do not hold."""
     missing = []
-    taken: set[int] = set()
     for prefix, module in model.named_modules():
         entries = loading.entries(prefix)
-        if any(key.startswith(STATE_KEY) or key == "SCB" for key in entries):
-            put_codes(prefix, module, {key: loading.source.read(name) for key, name in entries.items()}, loading)
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or id(tensor) in taken or isinstance(module, Quantised) and attribute != "bias":
-                continue
-            taken.add(id(tensor))
-            if attribute in entries:
-                put_float(prefix, module, attribute, loading.source.read(entries[attribute]), loading)
-            elif attribute not in module._non_persistent_buffers_set:
-                missing.append((f"{prefix}.{attribute}".lstrip("."), module, attribute))
+        try:
+            if any(key.startswith(STATE_KEY) or key == "SCB" for key in entries) or (
+                isinstance(module, Quantised) and "weight" in entries
+            ):
+                put_codes(module, {key: loading.source.read(name) for key, name in entries.items()}, loading)
+            missing += put_floats(prefix, module, entries, loading)
+        except QuantisationError as error:
+            raise BaseFileError(f"{loading.source.path}: {prefix}: {error}") from error
     return missing
 
 
-def put_codes(prefix: str, module: nn.Module, found: dict[str, Tensor], loading: Loading) -> None:
-    try:
-        own = {key: tensor for key, tensor in found.items() if key != "bias"}
-        if isinstance(module, Quantised):
-            load_weight(module, own)
-        else:
-            adopt_file(module, own, loading.settings)
-    except QuantisationError as error:
-        raise BaseFileError(f"{loading.source.path}: {prefix}: {error}") from error
+def put_floats(prefix: str, module: nn.Module, entries: dict[str, str], loading: Loading) -> list[Missing]:
+    missing = []
+    for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is None or (isinstance(module, Quantised) and attribute in ("packed", *CONSTANTS)):
+            if tensor is not None and "weight" not in entries and attribute == "packed":
+                missing.append((f"{prefix}.weight".lstrip("."), module, attribute))
+            continue
+        if attribute in entries:
+            put_float(prefix, module, attribute, loading.source.read(entries[attribute]), loading)
+        elif attribute not in module._non_persistent_buffers_set:
+            missing.append((f"{prefix}.{attribute}".lstrip("."), module, attribute))
+    return missing
+
+
+def put_codes(module: nn.Module, found: dict[str, Tensor], loading: Loading) -> None:
+    """Codes (or floats) into a quantised layer, codes into a plain one."""
+    own = {key: tensor for key, tensor in found.items() if key != "bias"}
+    if isinstance(module, Quantised):
+        load_weight(module, own)
+    else:
+        adopt_file(module, own, loading.settings)
     if loading.device is not None:
         module._apply(lambda t: t if t.is_meta else t.to(loading.device))
 
@@ -376,12 +428,14 @@ def put_float(prefix: str, module: nn.Module, attribute: str, tensor: Tensor, lo
     if here is None or tuple(tensor.shape) != tuple(here.shape):
         shape = None if here is None else tuple(here.shape)
         raise BaseFileError(f"{loading.source.path}: {name!r} is {tuple(tensor.shape)}, the model needs {shape}.")
-    if loading.dtype is not None and tensor.is_floating_point():
+    quantise_it = attribute == "weight" and prefix in loading.chosen and can_quantise(module)
+    if quantise_it and not tensor.is_floating_point():
+        raise BaseFileError(f"{loading.source.path}: {name!r} is {tensor.dtype}; expected a floating-point dtype.")
+    if loading.dtype is not None and tensor.is_floating_point() and not quantise_it:
         tensor = tensor.to(loading.dtype)
     if attribute in module._buffers:
         module._buffers[attribute] = tensor.to(loading.device or (tensor.device if here.is_meta else here.device))
         return
-    quantise_it = attribute == "weight" and prefix in loading.chosen and can_quantise(module)
     if quantise_it or here.is_meta or loading.device is not None:
         module._parameters[attribute] = nn.Parameter(tensor, tensor.is_floating_point() and here.requires_grad)
     else:
@@ -395,11 +449,9 @@ def put_float(prefix: str, module: nn.Module, attribute: str, tensor: Tensor, lo
 
 
 def initialise(
-    model: nn.Module, missing: list[tuple[str, nn.Module, str]], fresh: str | list[str] | None, loading: Loading
-) -> None:
-    """Give what the files lack its initial values, where that was asked for; ties are made after this."""
-    from lightning_peft.core.sites import find
-
+    model: nn.Module, missing: list[Missing], fresh: str | list[str] | None, loading: Loading
+) -> list[Missing]:
+    """Give what the files lack its initial values, where that was asked for -> what is missing still"""
     new = {id(m): m for root in (find(model, fresh).values() if fresh else ()) for m in root.modules()}
     for module in new.values():
         if any(owner is module for _, owner, _ in missing):
@@ -409,17 +461,16 @@ def initialise(
                 )
             module.to_empty(device=loading.device or "cpu", recurse=False)
             module.reset_parameters()  # type: ignore[operator]
+    return [entry for entry in missing if id(entry[1]) not in new]
 
 
-def check_complete(model: nn.Module, source: Source) -> None:
-    """Raise on what is still without memory."""
-    found = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if not found:
-        return
-    raise BaseFileError(
-        f"{len(found)} tensors were never loaded: {found[:4]}. {source.path} holds {len(source.files)} tensors, "
-        f"such as "
-        f"{sorted(source.files)[:3]}. Use the files of this model; name modules that are new: fresh='classifier'; "
-        f"build "
-        "under `empty_weights()`, which leaves buffers that no file holds real."
-    )
+def check_complete(model: nn.Module, source: Source, missing: list[Missing]) -> None:
+    """Raise on what the files did not hold, and on what is still without memory."""
+    empty = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    found = list(dict.fromkeys([*(name for name, _, _ in missing), *empty]))
+    if found:
+        raise BaseFileError(
+            f"{len(found)} tensors were never loaded: {found[:4]}. {source.path} holds {len(source.files)} tensors, "
+            f"such as {sorted(source.files)[:3]}. Use the files of this model; name modules that are new: "
+            "fresh='classifier'; build under `empty_weights()`, which leaves buffers that no file holds real."
+        )

@@ -22,6 +22,7 @@ from lightning_peft.core.quant import Blocks, QuantisationError
 CONSTANTS = ("absmax", "nested_absmax", "offset")  # buffers beside the packed weight
 BLOCKWISE = ("nf4", "fp4")
 MODES = (*BLOCKWISE, "int8")
+COMPUTE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATE_KEY = "weight.quant_state.bitsandbytes__"
 
 
@@ -86,6 +87,22 @@ class Quantisation:
     backend: str = "auto"
     threshold: float = 6.0
 
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise QuantisationError(f"mode={self.mode!r} is unknown. Known: {', '.join(MODES)}.")
+        if self.mode in BLOCKWISE and self.blocksize not in quant.BLOCKSIZES:
+            known = ", ".join(map(str, quant.BLOCKSIZES))
+            raise QuantisationError(f"blocksize={self.blocksize!r} is unknown. Known: {known}.")
+        for name, known_dtypes in (("compute_dtype", (*COMPUTE, None)), ("storage_dtype", (torch.uint8, *COMPUTE[:3]))):
+            if (value := getattr(self, name)) not in known_dtypes:
+                shown = ", ".join(str(known).removeprefix("torch.") for known in known_dtypes)
+                raise QuantisationError(f"{name}={value!r} is unsupported. Known: {shown}.")
+        if not self.threshold >= 0:
+            message = "expected 0 (no outliers apart) or a magnitude such as 6.0."
+            raise QuantisationError(f"threshold={self.threshold!r}: {message}")
+        if self.mode == "int8" and self.storage_dtype != torch.uint8:
+            raise QuantisationError("storage_dtype is for 4-bit codes; int8 weights are kept as int8. Leave it out.")
+
     def same_weights(self, other: Quantisation) -> bool:
         """Whether the two keep a weight in the same bits."""
         own, theirs = (
@@ -111,7 +128,7 @@ class BlockProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
         blocks, backend = packed_blocks(codes, *rest), rest[-1]
-        ctx.blocks, ctx.backend = blocks, backend
+        ctx.blocks, ctx.backend = blocks, backend  # no setup_context: torch.compile would not take it
         return F.linear(x, kernels(backend).dequantise(blocks, x.dtype), bias)
 
     @staticmethod
@@ -139,7 +156,9 @@ class Int8Product(torch.autograd.Function):
         largest = regular.abs().amax(1, keepdim=True)
         scaled = (regular * (127 / largest.clamp_min(torch.finfo(torch.float32).tiny))).round().to(torch.int8)
         y = kernels(backend).int8_product(scaled, codes).float() * (largest * (absmax / (127 * 127)))
-        if outliers is not None and outliers.any():
+        if outliers is not None and (rows.is_meta or torch.compiler.is_compiling()):  # no sizes that depend on values
+            y += rows.masked_fill(~outliers, 0) @ int8_weight(codes, absmax, torch.float32).T
+        elif outliers is not None and outliers.any():
             index = outliers.nonzero().squeeze(1)
             y += rows[:, index] @ int8_weight(codes[:, index], absmax, torch.float32).T
         return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() != 1 else y[0].to(x.dtype)
@@ -168,6 +187,11 @@ def int8_weight(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # ------------------------------------------------------------------ codes of one weight
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in it; without a copy of it."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
 def encode(weight: Tensor, q: Quantisation) -> dict[str, Tensor]:
     """(d_out, d_in) -> "weight", the codes as they are stored, and the constants"""
     if q.mode == "int8":
@@ -233,15 +257,16 @@ class FileWeight:
     quantisation: Quantisation
     parts: dict[str, Tensor]
     shape: tuple[int, int]
-    source_dtype: torch.dtype
+    source_dtype: torch.dtype | None  # None where the file does not say
 
 
 def from_file(found: dict[str, Tensor]) -> FileWeight | None:
     """The entries of one layer, keys from "weight" on -> what they say; None for a floating weight."""
     if "SCB" in found:
         parts = {"weight": found["weight"], "absmax": found["SCB"].float().flatten()}
+        check_rows(parts)
         shape = cast("tuple[int, int]", tuple(found["weight"].shape))
-        return FileWeight(Quantisation("int8"), parts, shape, torch.float16)
+        return FileWeight(Quantisation("int8"), parts, shape, None)
     key = next((k for k in found if k.startswith(STATE_KEY)), None)
     if key is None:
         return None
@@ -249,13 +274,51 @@ def from_file(found: dict[str, Tensor]) -> FileWeight | None:
         facts = json.loads(bytes(found[key].cpu().tolist()))
         shape, dtype = (int(facts["shape"][0]), int(facts["shape"][1])), getattr(torch, facts["dtype"])
         kind, blocksize = facts["quant_type"], facts["blocksize"]
+        if not isinstance(dtype, torch.dtype) or ("nested_offset" in facts) != ("weight.nested_absmax" in found):
+            raise TypeError("dtype or the scales of the scales")
         parts = {"weight": found["weight"], "absmax": found["weight.absmax"]}
         if nested := "weight.nested_absmax" in found:
-            offset = torch.tensor(float(facts["nested_offset"]), dtype=torch.float32)
+            device = found["weight.absmax"].device
+            offset = torch.tensor(float(facts["nested_offset"]), dtype=torch.float32, device=device)
             parts |= {"nested_absmax": found["weight.nested_absmax"], "offset": offset}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise QuantisationError(f"{key} is damaged ({error!r}). Export the base again.") from error
-    return FileWeight(Quantisation(kind, blocksize, nested, storage_dtype=found["weight"].dtype), parts, shape, dtype)
+    q = Quantisation(kind, blocksize, nested, storage_dtype=found["weight"].dtype)
+    check_parts(parts, shape, q)
+    return FileWeight(q, parts, shape, dtype)
+
+
+def check_rows(parts: dict[str, Tensor]) -> None:
+    """Raise where 8-bit codes and their scales do not belong together."""
+    codes, absmax = parts["weight"], parts["absmax"]
+    if codes.dtype != torch.int8 or codes.dim() != 2 or len(absmax) != len(codes):
+        raise QuantisationError(
+            f"weight is {tuple(codes.shape)} {codes.dtype} and has {len(absmax)} scales; expected int8 (d_out, "
+            f"d_in) and "
+            "d_out. The file is damaged: export the base again."
+        )
+    if not absmax.is_meta and not all_finite(absmax):
+        raise QuantisationError("SCB holds NaN or infinity. The file is damaged: export the base again.")
+
+
+def check_parts(parts: dict[str, Tensor], shape: tuple[int, int], q: Quantisation) -> None:
+    """Raise where codes and scales are not what a weight of this shape has."""
+    count = shape[0] * shape[1]
+    blocks, size = -(-count // q.blocksize), -(-count // 2)
+    wanted = {"absmax": (torch.uint8 if q.double else torch.float32, blocks)}
+    if q.double:
+        wanted["nested_absmax"] = torch.float32, -(-blocks // 256)
+    fits = {name: (parts[name].dtype, parts[name].numel()) == expected for name, expected in wanted.items()}
+    codes = parts["weight"]
+    fits["weight"] = size <= codes.nbytes < size + max(codes.element_size(), 1)  # filled up to whole elements
+    for name in ("absmax", "nested_absmax", "offset"):
+        if (constant := parts.get(name)) is not None and constant.is_floating_point() and not constant.is_meta:
+            fits[name] = fits.get(name, True) and all_finite(constant)
+    if wrong := [name for name, right in fits.items() if not right]:
+        shown = ", ".join(f"{name} {tuple(parts[name].shape)} {parts[name].dtype}" for name in wrong)
+        raise QuantisationError(
+            f"{shown}: not what {q.short} of {shape} has, or not finite. The file is damaged: export the base again."
+        )
 
 
 def restored(given: FileWeight, q: Quantisation) -> dict[str, Tensor]:

@@ -73,6 +73,8 @@ def _merge_owner(
     for stack in stacks:
         weight, bias = _fold(stack)
         place = stack[0].place
+        if quantised and bias is not None:
+            applied.thawed[-1].bias_changed = True
         exact, old_bias = projection.snapshot(place)
         if not quantised:  # which comes back as a whole
             stack[0].original = exact, None if bias is None else old_bias  # a bias that stays is not ours to put back
@@ -89,11 +91,22 @@ def _store(frozen: Frozen, into: str) -> tuple[float, str]:
     weight = projection.read(module)[0]
     if into == "requantise":
         layer = quantise_module(module, settings(frozen), compensate=False)
+        layer.source_dtype = frozen.source_dtype
+        _cast_bias(frozen, frozen.bias.dtype if frozen.bias is not None else torch.float32)
         return _relative(layer.dequantised(torch.float32), weight), layer.quantisation.mode
-    for name, p in module._parameters.items():
-        if p is not None:
-            module._parameters[name] = nn.Parameter(p.to(DTYPES[into]), p.requires_grad)
+    module._parameters["weight"] = nn.Parameter(weight_of(module).to(DTYPES[into]), requires_grad=False)
+    _cast_bias(frozen, DTYPES[into])
     return _relative(projection.read(module)[0], weight), into
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    return module._parameters["weight"]  # type: ignore[return-value]
+
+
+def _cast_bias(frozen: Frozen, dtype: torch.dtype) -> None:
+    bias = frozen.module._parameters.get("bias")
+    if bias is not None:
+        bias.data, frozen.merged_dtype = bias.data.to(dtype), dtype
 
 
 def _check_into(applied: Applied, into: Into | None) -> None:

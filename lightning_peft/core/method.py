@@ -22,6 +22,7 @@ from lightning_peft.core.fields import FieldError, check_fields, unknown_field
 from lightning_peft.core.init import Draw
 from lightning_peft.core.merge import Into, MergeError, merge, seal, unmerge
 from lightning_peft.core.projection import close_place, open_place
+from lightning_peft.core.quantised import Quantised
 from lightning_peft.core.sites import Site, Sites, TargetError, find, roles, sites
 from lightning_peft.core.state import Applied, Placement, Selected, on_cpu
 
@@ -210,6 +211,7 @@ def apply_as(method: Method, model: nn.Module, label: str, trainable: bool, keep
             f"LightningModule by its "
             "configure_model() or setup('fit')."
         )
+    state.check_not_repacked(model)
     parts = method.parts() or (method,)
     several = len(parts) > 1
     plans = [(f"{label}_{part.info.name}" if several else label, part, list(_plan(part, model))) for part in parts]
@@ -269,7 +271,7 @@ def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
     """To the device (and, if asked, the dtype) of the place, then initial tensors from (seed, name)."""
     near = next((p for p in site.module.parameters()), None)
     if near is not None:
-        dtype = state.computing_dtype(site.module, near)
+        dtype = state.base_dtype(site.module)
         dtype = dtype if part.dtype == "base" else DTYPES[part.dtype]
         if any(t.device != near.device for t in (*adapter.parameters(), *adapter.buffers())):
             adapter.to(near.device)
@@ -316,7 +318,8 @@ def _base_tensors(
     for module in sorted_modules(tower):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in heads:
-                yield name, state.known_weight(module, name, parameter)
+                known = state.known_weight(module, name, parameter)
+                yield name if known is parameter else "weight", known
 
 
 def common(names: list[str]) -> str:
@@ -369,12 +372,16 @@ def _part_selections(part: Method, model: nn.Module, mine: set[int]) -> Iterator
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in mine or seen.setdefault(id(parameter), (module, name)) != (module, name):
                 continue  # an adapter's own, or tied to one that was asked about already
-            answer = part.select(f"{prefix}.{name}" if prefix else name, parameter)
+            shown = state.asked_about(module, name, parameter)
+            asked = name if shown is parameter else "weight"
+            answer = part.select(f"{prefix}.{asked}" if prefix else asked, shown)
             if isinstance(answer, Tensor):
-                answer = check_mask(answer, parameter, name)
+                answer = check_mask(answer, shown, name)
             elif answer and site is not None:
-                answer = rows_of(site, parameter) if owns(site, module, name) else False
-            mask = without(answer, excluded.get((id(module), name)), parameter)
+                answer = rows_of(site, shown) if owns(site, module, asked) else False
+            mask = without(answer, excluded.get((id(module), name)), shown)
+            if shown is not parameter and isinstance(mask, Tensor) and not mask.any():
+                continue  # nothing of the codes
             if mask is not False:
                 check_trains(part, module, name, prefix)
                 yield module, name, None if mask is True else mask, False
@@ -384,7 +391,7 @@ def check_trains(part: Method, module: nn.Module, name: str, prefix: str) -> Non
     """Raise where a method would train a weight that is in codes."""
     if state.is_codes(module, name):
         raise TargetError(
-            f"{type(part).__name__} trains {prefix}.{name}, which is quantised: no gradient reaches its codes. "
+            f"{type(part).__name__} trains {prefix}.weight, which is quantised: no gradient reaches its codes. "
             f"Leave it "
             "out (exclude=...), load the base without quantisation, or `dequantise` it first."
         )
@@ -411,7 +418,8 @@ def _excluded(part: Method, model: nn.Module) -> dict[tuple[int, str], bool | Te
         for module in state.base_modules(site.module):
             for name, parameter in module.named_parameters(recurse=False):
                 if owns(site, module, name):
-                    before, rows = out.get((id(module), name)), rows_of(site, parameter)
+                    before = out.get((id(module), name))
+                    rows = rows_of(site, state.asked_about(module, name, parameter))
                     out[id(module), name] = before | rows if isinstance(before, Tensor) and rows is not True else rows
     return out
 
@@ -549,6 +557,12 @@ def unload(model: nn.Module, label: str | None = None, into: Into | None = None)
     if not applied.cell.merged:
         merge(model, applied, into)
     seal(model, applied)
+    for frozen in applied.thawed:  # what was in codes trains again as it did
+        trained = bool(frozen.attributes.get("trained", True))
+        if isinstance(frozen.module, Quantised):
+            frozen.module.trained = trained
+        else:
+            state.registry_with(model, applied).note(frozen.module, trained)
     _forget(model, applied, buffers=False)
     return model
 

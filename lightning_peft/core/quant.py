@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 import torch
@@ -58,7 +59,7 @@ def _dynamic() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for n in range(7):
         edges = _linspace(0.1, 1.0, 2**n + 1)
-        for low, high in zip(edges, edges[1:]):  # noqa: B905
+        for low, high in pairwise(edges):
             value = _fp32(_fp32(10 ** (n - 6)) * _fp32(_fp32(low + high) / 2))
             values += [value, -value]
     return tuple(sorted(values))
@@ -306,15 +307,14 @@ def _encode(values: Tensor, absmax: Tensor, kind: str, blocksize: int) -> Tensor
 def _nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """8-bit codes of absmax - mean in blocks of 256: (blocks,) uint8, (ceil(blocks / 256),) fp32, () fp32.
 
-    The value is first put at one of 65536 even steps of [-1, 1] as the CPU kernel of bitsandbytes does, fused
-    multiply-add included (exact in double precision, then rounded once). A block of zeros has code 0.
-    Done on the CPU, so that every device gets the same codes.
+    The value is first put at one of 65536 even steps of [-1, 1], as the CPU kernel of bitsandbytes does; a block of
+    zeros has code 0. `quantise` calls it on the CPU, so that every device gets the same codes.
     """
     offset = absmax.mean()
     scaled = absmax - offset
     nested = _absmax(scaled, NESTED)
-    _scale_(scaled, 1.0 / nested, NESTED).clamp_(-1, 1)
-    step = ((scaled + 1) * 0.5).double().mul_(65535).add_(0.5).float().trunc_()
+    _scale_(scaled, 1.0 / nested, NESTED)
+    step = (scaled + 1).mul_(0.5).mul_(65535).add_(0.5).trunc_()
     bounds = _midpoints(_table("dynamic", "", absmax))
     codes = torch.bucketize(2 * step / 65535 - 1, bounds, out_int32=True).to(torch.uint8)
     return codes.masked_fill_(scaled.isnan(), 0), nested, offset
@@ -378,7 +378,7 @@ def quantise(weight: Tensor, kind: str = "nf4", blocksize: int = 64, double: boo
     nested: Tensor | None = None
     offset: Tensor | None = None
     if not _abstract(weight):
-        _fill(codes, absmax, weight.detach().reshape(-1), kind, blocksize)
+        _fill(codes, absmax, weight.reshape(-1), kind, blocksize)
         if double:
             absmax, nested, offset = (part.to(weight.device) for part in _nest(absmax.cpu()))
     elif double:
@@ -403,8 +403,6 @@ def _fill(codes: Tensor, absmax: Tensor, flat: Tensor, kind: str, blocksize: int
 def dequantise(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """W[n] = values[codes[n]] * scale[n // blocksize], multiplied in fp32, then rounded to `dtype`: `blocks.shape`."""
     codes, count, size = blocks.codes.reshape(-1), blocks.numel, blocks.blocksize
-    if codes.is_meta:
-        return codes.new_empty(blocks.shape, dtype=dtype)
     scales, words = blocks.scales(), _table("words", blocks.kind, codes)
     if torch.compiler.is_compiling():  # expressions that a compiler fuses
         values = words[_indices(codes, blocks.kind, count)].flatten()[:count]
@@ -452,6 +450,7 @@ class Integers:
         return None if self.zero is None else -self.zero / self.scale
 
 
+@torch.no_grad()
 def quantise_integers(
     weight: Tensor, bits: int, group: int | None = None, symmetric: bool = True, full_range: bool = False
 ) -> Integers:
@@ -481,7 +480,7 @@ def quantise_integers(
     found = Integers(codes, scale, None if symmetric else torch.empty_like(scale), bits, group)
     if not _abstract(weight):
         for part in _rows(weight):
-            _fill_integers(found, part, weight.detach()[part].float().unflatten(1, (-1, group)), full_range)
+            _fill_integers(found, part, weight[part].float().unflatten(1, (-1, group)), full_range)
     return found
 
 

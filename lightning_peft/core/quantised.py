@@ -2,7 +2,7 @@
 
     quantise_module(linear, Quantisation("nf4"))      linear is still an nn.Linear, with its hooks, adapters and bias
     linear.weight                                     the dequantised weight, made anew whenever it is read
-    linear._parameters["weight"]                      the packed codes, without a gradient
+    linear.packed                                     the codes, a parameter without a gradient
     thaw(linear, torch.bfloat16)                      a plain Linear again; `refreeze` undoes that
 
 What is written to a state dict has the keys of bitsandbytes' layers, so that either reads the other's files.
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.codes import (
+    BLOCKWISE,
     CONSTANTS,
     BlockProduct,
+    FileWeight,
     Int8Product,
     Quantisation,
     decode,
@@ -32,6 +34,7 @@ from lightning_peft.core.codes import (
     packed_blocks,
     restored,
     sample,
+    stored,
 )
 from lightning_peft.core.quant import Blocks, QuantisationError
 
@@ -44,16 +47,13 @@ class Quantised(nn.Module):
     source_dtype: torch.dtype
     samples: Tensor | None  # a few values of the weight before, to know the base again; None where they are not known
     features: tuple[int, int]  # d_out, d_in
-
-    @property
-    def packed(self) -> Tensor:
-        """The codes as they are kept."""
-        return cast(Tensor, self._parameters["weight"])
+    trained: bool  # whether the weight had a gradient before
+    packed: nn.Parameter  # the codes as they are kept
 
     @property
     def weight(self) -> Tensor:
-        """The dequantised weight in the shape that the plain module has."""
-        weight = self.dequantised(self.quantisation.compute_dtype or self.source_dtype)
+        """The dequantised weight in the shape and the dtype that the plain module would have."""
+        weight = self.dequantised(self.source_dtype)
         return weight.T if is_conv1d(self) else weight
 
     @property
@@ -81,15 +81,16 @@ class Quantised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y = x W^T + b; (..., d_in) -> (..., d_out), in the dtype of x, or of autocast"""
         device, out = x.device.type, x.dtype
-        dtype = self.quantisation.compute_dtype or x.dtype
-        if torch.is_autocast_enabled(device):
-            out = dtype = torch.get_autocast_dtype(device)
-        bias = None if self.bias is None else cast(Tensor, self.bias).to(dtype)
+        dtype = self.quantisation.compute_dtype or out
+        if device == "meta" or out == torch.float64 or not torch.is_autocast_enabled(device):
+            return self._product(x.to(dtype)).to(out)
+        cast_to = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            return self._product(x.to(dtype), bias).to(out)
+            return self._product(x.to(self.quantisation.compute_dtype or cast_to)).to(cast_to)
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         q = self.quantisation
+        bias = None if self.bias is None else cast(Tensor, self.bias).to(x.dtype)
         if q.mode != "int8":
             return BlockProduct.apply(x, bias, self.codes, *self._constants())
         y = Int8Product.apply(x, self.codes, self._buffers["absmax"], q.threshold, q.backend)
@@ -113,7 +114,16 @@ class Quantised(nn.Module):
 
     # -------------------------------------------------------------- copies, moves, files
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return revived, (type(self).__mro__[2],), vars(self)
+        return revived, (plain_class(self),), vars(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Another weight cannot be assigned: there are codes."""
+        if name == "weight":
+            raise QuantisationError(
+                f"A weight cannot be assigned to a projection in {self.quantisation.mode}. Load it, "
+                "load_state_dict({'weight': ...}) quantises it; or `dequantise` the model first."
+            )
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantised:
         """Codes and scales follow to another device and keep their dtype, whatever they are declared as."""
@@ -122,18 +132,27 @@ class Quantised(nn.Module):
         own = {id(self.packed)} | {id(t) for t in self.constants().values()}
 
         def keep(tensor: Tensor) -> Tensor:
-            if id(tensor) not in own or tensor.is_meta:
+            if id(tensor) not in own:
                 return fn(tensor)
-            return tensor.to(fn(tensor.new_empty(0)).device)
+            raw = fn(tensor.reshape(-1).view(torch.uint8))  # moved, shared, emptied; a cast leaves bytes alone
+            if raw.dtype != torch.uint8:  # .type(...) does not
+                return tensor.to(raw.device)
+            return raw.view(tensor.dtype).view(tensor.shape)
 
         super()._apply(keep, recurse=False)
+        self.source_dtype = fn(torch.empty(0, dtype=self.source_dtype)).dtype
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         held = {name: self._buffers.pop(name) for name in CONSTANTS if name in self._buffers}
+        parameters, self._parameters = (
+            self._parameters,
+            {"weight" if n == "packed" else n: p for n, p in self._parameters.items()},
+        )
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
+            self._parameters = parameters
             self._buffers.update(held)
         destination |= {
             prefix + key: tensor
@@ -141,6 +160,8 @@ class Quantised(nn.Module):
                 self.quantisation, self.constants(), self.features, self.source_dtype
             ).items()
         }
+        if self.samples is not None:
+            destination[f"{prefix}samples"] = self.samples
 
     def _load_from_state_dict(
         self,
@@ -154,14 +175,14 @@ class Quantised(nn.Module):
     ) -> None:
         """Takes codes as they are, or a floating weight of the plain shape, which it quantises."""
         mine = {k.removeprefix(prefix): t for k, t in state_dict.items() if k.startswith(f"{prefix}weight")}
-        mine |= {k: state_dict[prefix + k] for k in ("SCB", "weight_format") if prefix + k in state_dict}
-        packed, held = self._parameters.pop("weight"), dict(self._buffers)
+        mine |= {k: state_dict[prefix + k] for k in ("SCB", "weight_format", "samples") if prefix + k in state_dict}
+        packed, held = self._parameters.pop("packed"), dict(self._buffers)
         self._buffers.clear()
         found: list[str] = []
         try:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, found, errors)
         finally:
-            self._parameters = {"weight": packed, **self._parameters}
+            self._parameters = {"packed": packed, **self._parameters}
             self._buffers.update(held)
         unexpected += [key for key in found if key.removeprefix(prefix) not in mine]
         if "weight" not in mine:
@@ -181,6 +202,12 @@ def quantised_class(base: type[nn.Module]) -> type[nn.Module]:
     if base not in _CLASSES:
         _CLASSES[base] = type(f"Quantised{base.__name__}", (Quantised, base), {"__module__": __name__})
     return _CLASSES[base]
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had, or has, without codes; bitsandbytes' layers stand for Linear."""
+    kind = type(module)
+    return kind.__mro__[2] if isinstance(module, Quantised) else nn.Linear if foreign(module) else kind
 
 
 def revived(base: type[nn.Module]) -> nn.Module:
@@ -216,7 +243,7 @@ def quantise_module(
     parts = encode(compensated(module, matrix, q) if compensate else matrix, q)
     samples = None if weight.is_meta else sample(weight)
     module.quantisation, module.source_dtype, module.samples = q, weight.dtype, samples  # type: ignore[assignment]
-    module.features = tuple(oriented(module, weight).shape)  # type: ignore[assignment]
+    module.features, module.trained = tuple(matrix.shape), parameter.requires_grad  # type: ignore[assignment]
     install(module, parts)
     module.__class__ = quantised_class(type(module))
     return cast(Quantised, module)
@@ -236,12 +263,18 @@ def oriented(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def install(module: nn.Module, parts: dict[str, Tensor]) -> None:
-    """Hang codes and constants on the module; bias and adapters stay."""
-    module._parameters["weight"] = nn.Parameter(parts["weight"], requires_grad=False)
+    """Hang codes and constants on the module in place of its weight; bias and adapters stay."""
+    rename(module, "packed", nn.Parameter(parts["weight"], requires_grad=False))
     for name in CONSTANTS:
         module._buffers.pop(name, None)
         if name in parts:
             module._buffers[name] = parts[name]
+
+
+def rename(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put the first parameter, weight or codes, under another name; those after it keep their order."""
+    others = {n: p for n, p in module._parameters.items() if n not in ("weight", "packed")}
+    module._parameters = {name: parameter, **others}
 
 
 @dataclass(eq=False)
@@ -249,19 +282,33 @@ class Frozen:
     """A module as it was when it was quantised, tensors by reference; what `refreeze` needs."""
 
     module: nn.Module
-    kind: type[nn.Module]
+    plain: type[nn.Module]  # its class without codes
+    kind: type[nn.Module] | None  # bitsandbytes' class, if it was one of its layers
     parameter: nn.Parameter
-    bias: nn.Parameter | None
+    bias: Tensor | None  # its values; the parameter stays the one that it was
+    source_dtype: torch.dtype
     buffers: dict[str, Tensor]
     attributes: dict[str, Any] = field(default_factory=dict)
+    merged_dtype: torch.dtype | None = None  # of the bias that stands in for the original
+    bias_changed: bool = False  # by what was merged
 
 
-ATTRIBUTES = ("quantisation", "source_dtype", "samples", "features")
+ATTRIBUTES = ("quantisation", "source_dtype", "samples", "features", "trained")
 
 
 def foreign(module: nn.Module) -> bool:
     """Whether it is a layer of bitsandbytes with a quantised weight (4 bits, or 8)."""
-    return type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
+    parameter: Any = module._parameters.get("weight")
+    kind = type(parameter).__name__
+    return kind == "Params4bit" or (kind == "Int8Params" and not parameter.has_fp16_weights)
+
+
+def repacked(module: nn.Module) -> bool:
+    """Whether an evaluation on a CPU has rewritten a layer of bitsandbytes: gradients through it are wrong ever
+    after.
+    """
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -272,38 +319,57 @@ def is_quantised(module: nn.Module) -> bool:
 @torch.no_grad()
 def thaw(module: nn.Module, dtype: torch.dtype) -> Frozen:
     """Make it a plain projection with the dequantised weight and a bias in `dtype`, in place; adapters stay."""
-    kind, parameter = type(module), cast(nn.Parameter, module._parameters["weight"])
-    if isinstance(module, Quantised):
-        weight, plain = module.dequantised(dtype), kind.__mro__[2]
-    else:
-        weight, plain = foreign_weight(module, dtype), nn.Linear
-    float_weight = weight if not is_conv1d(module) else weight.T.contiguous()
+    ours = isinstance(module, Quantised)
+    parameter = cast(nn.Parameter, module._parameters["packed" if ours else "weight"])
     bias = module._parameters.get("bias")
-    frozen = Frozen(module, kind, parameter, bias, {}, {})
-    for name in CONSTANTS:
-        if name in module._buffers and isinstance(module, Quantised):
-            frozen.buffers[name] = cast(Tensor, module._buffers.pop(name))
-    frozen.attributes = {name: vars(module).pop(name) for name in ATTRIBUTES if name in vars(module)}
-    module._parameters["weight"] = nn.Parameter(float_weight, requires_grad=False)
+    weight = module.dequantised(dtype) if isinstance(module, Quantised) else foreign_weight(module, dtype)
+    source = module.source_dtype if isinstance(module, Quantised) else foreign_dtype(parameter)
+    values = None if bias is None else bias.data
+    frozen = Frozen(module, plain_class(module), None if ours else type(module), parameter, values, source, {})
+    if ours:
+        frozen.buffers = {n: cast(Tensor, module._buffers.pop(n)) for n in CONSTANTS if n in module._buffers}
+        frozen.attributes = {name: vars(module).pop(name) for name in ATTRIBUTES if name in vars(module)}
+    module.__class__ = frozen.plain
+    rename(module, "weight", nn.Parameter(weight.T.contiguous() if is_conv1d(module) else weight, False))
     if bias is not None:
-        module._parameters["bias"] = nn.Parameter(bias.detach().to(dtype, copy=True), bias.requires_grad)
-    module.__class__ = plain
+        bias.data, frozen.merged_dtype = bias.data.to(dtype, copy=True), dtype
     return frozen
 
 
 def refreeze(frozen: Frozen) -> None:
-    """Undo `thaw`, bit for bit."""
+    """Undo `thaw`, bit for bit; on the device that the module is on by now."""
     module = frozen.module
-    module.__class__ = frozen.kind
-    module._parameters["weight"] = frozen.parameter
-    if frozen.bias is not None:
-        module._parameters["bias"] = frozen.bias
+    current = cast(Tensor, module._parameters.get("weight", module._parameters.get("packed")))
+    device, bias = current.device, module._parameters.get("bias")
+    if frozen.parameter.device != device:
+        frozen.parameter = nn.Parameter(frozen.parameter.detach().to(device), False)
+        frozen.buffers = {name: buffer.to(device) for name, buffer in frozen.buffers.items()}
+    module.__class__ = frozen.kind or quantised_class(frozen.plain)
+    rename(module, "weight" if frozen.kind else "packed", frozen.parameter)
+    if frozen.bias is not None and bias is not None:
+        dtype = frozen.bias.dtype if bias.dtype == frozen.merged_dtype else bias.dtype  # cast since
+        kept = not frozen.bias_changed and not torch.equal(bias.data, frozen.bias.to(device, bias.dtype))
+        bias.data = bias.data.to(dtype) if kept else frozen.bias.to(device, dtype)  # trained since, by another method
     for name in CONSTANTS:
         module._buffers.pop(name, None)
     for name in ATTRIBUTES:
         vars(module).pop(name, None)
     module._buffers.update(frozen.buffers)
     vars(module).update(frozen.attributes)
+
+
+def restore_floats(module: nn.Module, kind: type[nn.Module], parameter: nn.Parameter) -> None:
+    """Undo `quantise_module` with the weight from before."""
+    for name in (*CONSTANTS, *ATTRIBUTES):
+        module._buffers.pop(name, None)
+        vars(module).pop(name, None)
+    module.__class__ = kind
+    rename(module, "weight", parameter)
+
+
+def foreign_dtype(parameter: Any) -> torch.dtype:
+    """What a weight of bitsandbytes was quantised from."""
+    return getattr(getattr(parameter, "quant_state", None), "dtype", torch.float16)
 
 
 def settings(frozen: Frozen) -> Quantisation:
@@ -327,6 +393,8 @@ def foreign_weight(module: nn.Module, dtype: torch.dtype) -> Tensor:
         codes = parameter.data if parameter.data.dtype == torch.int8 else state.CB
         return int8_weight(codes, absmax, dtype)
     state = getattr(parameter, "quant_state", None)
+    if repacked(module):
+        raise QuantisationError("An evaluation on this CPU has repacked this layer of bitsandbytes. Load it again.")
     if state is None:
         raise QuantisationError("This 4-bit layer is not quantised yet: move the model to its device first.")
     nested, offset = (state.state2.absmax, state.offset) if state.nested else (None, None)
@@ -350,20 +418,33 @@ def load_weight(module: Quantised, found: dict[str, Tensor]) -> None:
                 f"{tuple(weight.shape)} {weight.dtype} is neither the floating weight {shape} nor codes with their "
                 "scales. Use a file of this model."
             )
-        module.samples = sample(weight)
         parts = encode(oriented(module, weight.to(device if device.type != "meta" else weight.device)), q)
+        samples: Tensor | None = sample(weight)
     else:
-        if given.shape != module.features or not given.quantisation.same_weights(q):
-            raise QuantisationError(
-                f"the file holds {given.quantisation.mode} of {given.shape} in blocks of {given.quantisation.blocksize}"
-                f"{' with' if given.quantisation.double else ' without'} double quantisation; this layer is "
-                f"{q.mode} of "
-                f"{module.features}, {q.blocksize}, {'with' if q.double else 'without'}. Use load_quantised, which "
-                "follows the file."
-            )
-        parts = restored(given, q)
-        module.source_dtype = given.source_dtype
+        check_same(module, given)
+        parts, samples = restored(given, q), found.get("samples")
+        module.source_dtype = given.source_dtype or module.source_dtype
     put(module, parts, device)
+    module.samples = None if samples is None else samples.to("cpu", torch.bfloat16, copy=True)
+
+
+def check_same(module: Quantised, given: FileWeight) -> None:
+    """Raise where a file's codes are of another kind than the layer's."""
+    q = module.quantisation
+    if given.shape != module.features or not given.quantisation.same_weights(q):
+        raise QuantisationError(
+            f"the file holds {given.quantisation.mode} of {given.shape} in blocks of {given.quantisation.blocksize}"
+            f"{' with' if given.quantisation.double else ' without'} double quantisation; this layer is {q.mode} of "
+            f"{module.features}, {q.blocksize}, {'with' if q.double else 'without'}. Quantise with the settings of "
+            f"the file."
+        )
+
+
+def store_as(module: Quantised, dtype: torch.dtype) -> None:
+    """Declare the packed bytes of a 4-bit layer as another dtype."""
+    if module.quantisation.mode in BLOCKWISE and module.quantisation.storage_dtype != dtype:
+        rename(module, "packed", nn.Parameter(stored(module.codes, dtype), requires_grad=False))
+        module.quantisation = replace(module.quantisation, storage_dtype=dtype)
 
 
 def put(module: Quantised, parts: dict[str, Tensor], device: torch.device) -> None:
@@ -389,9 +470,12 @@ def adopt_file(module: nn.Module, found: dict[str, Tensor], q: Quantisation) -> 
     shape = tuple(weight.shape[::-1] if is_conv1d(module) else weight.shape)
     if shape != given.shape:
         raise QuantisationError(f"the file holds a weight of {given.shape}, the module has {shape}.")
-    own = {"compute_dtype": q.compute_dtype, "backend": q.backend, "storage_dtype": q.storage_dtype}
+    own: dict[str, Any] = {"compute_dtype": q.compute_dtype, "backend": q.backend}
+    if given.quantisation.mode in BLOCKWISE:
+        own["storage_dtype"] = q.storage_dtype
     mine = replace(given.quantisation, **own)  # type: ignore[arg-type]
-    module.quantisation, module.source_dtype, module.samples = mine, given.source_dtype, None  # type: ignore[assignment]
+    module.quantisation, module.source_dtype = mine, given.source_dtype or weight.dtype  # type: ignore[assignment]
+    module.samples, module.trained = found.get("samples"), weight.requires_grad  # type: ignore[assignment]
     module.features = given.shape  # type: ignore[assignment]
     install(module, restored(given, mine))
     module.__class__ = quantised_class(type(module))

@@ -165,8 +165,8 @@ def sites(
     optional. Errors: TargetError for a token that matches nothing, a layer out of range, an unreadable pattern.
     """
     known = _Map(model, roles or {})
-    chosen = {token: known.match(token, f"targets={targets!r}") for token in _tokens(targets, "targets")}
-    dropped = [] if exclude is None else _tokens(exclude, "exclude")
+    chosen = {token: known.match(token, f"targets={targets!r}") for token in tokens(targets, "targets")}
+    dropped = [] if exclude is None else tokens(exclude, "exclude")
     out = {_key(s) for token in dropped for s in known.match(token, f"exclude={exclude!r}")}
     keep = {_key(s): s for found in chosen.values() for s in found if not out & {_key(s), (id(s.module), None, None)}}
     if layers is not None:
@@ -181,7 +181,7 @@ def sites(
 def find(model: nn.Module, patterns: str | list[str]) -> dict[str, nn.Module]:
     """Dotted name -> module for the same tokens as `sites`, over all modules: heads to train, modules to save."""
     known, found = _Map(model, {}), set()
-    for token in _tokens(patterns, "patterns"):
+    for token in tokens(patterns, "patterns"):
         here = known.match(token, f"patterns={patterns!r}")
         found |= {s.name for s in here} if known.is_word(token) else {n.name for n in known.named(_bare(token))}
     return {node.name: node.module for node in known.nodes if node.name in found}
@@ -196,7 +196,7 @@ def _key(site: Site) -> Key:
     return id(site.module), site.columns, site.part
 
 
-def _tokens(spec: object, option: str) -> list[str]:
+def tokens(spec: object, option: str) -> list[str]:
     """ "a, b, re:c,d" -> a, b, re:c,d; a list is taken item by item."""
     items = [spec] if isinstance(spec, str) else spec
     if not isinstance(items, Iterable) or not all(isinstance(item, str) for item in items):
@@ -276,7 +276,7 @@ class _Map:
         option = f"roles[{role!r}]"
         if ALIASES.get(role, role) in GROUPS:
             raise TargetError(f"{option}: {role!r} is a group of roles. Name single ones, such as 'q', 'o' or 'up'.")
-        found = [node for token in _tokens(pattern, option) for node in self.named(token)]
+        found = [node for token in tokens(pattern, option) for node in self.named(token)]
         if not found:
             self.roles = _Map(model, {}).roles
             raise TargetError(f"No module matches {option}={pattern!r}. {self._nearest(pattern)}")

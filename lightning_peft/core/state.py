@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter, Adapters, Cell, Host, LabelError
 from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.codes import CONSTANTS, sample
-from lightning_peft.core.quantised import Frozen, Quantised, foreign, is_quantised
+from lightning_peft.core.quantised import Frozen, Quantised, foreign, foreign_dtype, repacked
 
 if TYPE_CHECKING:
     from lightning_peft.core.method import Method
@@ -114,7 +114,7 @@ class Registry:
         buffers = {(id(module), name) for other in registries(model) for module, name, _ in other.buffers}
         for module in base_modules(model):
             for name, parameter in module._parameters.items():
-                if parameter is not None and (id(module), name) not in known:
+                if parameter is not None and (id(module), name) not in known and not is_codes(module, name):
                     self.flags.append((module, name, parameter.requires_grad))
         for module, name, buffer in persistent_buffers(model):
             if (id(module), name) not in buffers:
@@ -138,6 +138,11 @@ class Registry:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.mark()
+
+    def note(self, module: nn.Module, trained: bool) -> None:
+        """The flag of a weight that was in codes when the first method came."""
+        if not any(known is module and name == "weight" for known, name, _ in self.flags):
+            self.flags.append((module, "weight", trained))
 
     def changed_buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for module, name, before in self.buffers:
@@ -169,7 +174,9 @@ class Registry:
                 module._buffers[name].copy_(before)  # type: ignore[union-attr]
         for module, name, flag in self.flags:
             parameter = module._parameters.get(name)
-            if parameter is not None and not is_codes(module, name):
+            if isinstance(module, Quantised) and name == "weight":
+                module.trained = flag
+            elif parameter is not None and not is_codes(module, name):
                 parameter.requires_grad_(flag)
 
 
@@ -200,9 +207,32 @@ def base_modules(model: nn.Module) -> Iterator[nn.Module]:
             stack.extend(child for child in module._modules.values() if child is not None)
 
 
+class RepackedError(RuntimeError):
+    """Layers of bitsandbytes that an evaluation on a CPU has rewritten."""
+
+
+def check_not_repacked(model: nn.Module) -> None:
+    """Raise where gradients would be wrong."""
+    found = [name for name, module in model.named_modules() if repacked(module)]
+    if found:
+        raise RepackedError(
+            f"{len(found)} 4-bit layers of bitsandbytes ({found[:2]}) were repacked by an evaluation on this CPU, "
+            f"rounded "
+            "scales included: gradients through them would be wrong. Load the model again, and apply the method, "
+            "or use "
+            "NF4Precision, before its first evaluation."
+        )
+
+
+def asked_about(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, or what stands for a quantised one: its shape, without memory."""
+    known = known_weight(module, name, parameter)
+    return parameter if known is parameter else nn.Parameter(torch.empty(known.shape, device="meta"))
+
+
 def is_codes(module: nn.Module, name: str) -> bool:
     """Whether the parameter `name` of `module` is a quantised weight, which no gradient reaches."""
-    return name == "weight" and is_quantised(module)
+    return name == "packed" if isinstance(module, Quantised) else name == "weight" and foreign(module)
 
 
 def quantised_as(applied: Applied) -> str:
@@ -218,11 +248,17 @@ def constant_names(model: nn.Module) -> list[str]:
     return [f"{name}.{constant}".lstrip(".") for name, m in named for constant in m.constants()]
 
 
-def computing_dtype(module: nn.Module, parameter: Tensor) -> torch.dtype:
-    """The dtype that a module with this parameter works in."""
-    if isinstance(module, Quantised):
-        return module.quantisation.compute_dtype or module.source_dtype
-    return parameter.dtype if parameter.is_floating_point() else torch.get_default_dtype()
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a part of the base: that of its first weight, before it was quantised if it is."""
+    for module in base_modules(model):
+        for name, p in module._parameters.items():
+            if isinstance(module, Quantised) and name == "packed":
+                return module.source_dtype
+            if p is not None and is_codes(module, name):
+                return foreign_dtype(p)
+            if p is not None and p.is_floating_point():
+                return p.dtype
+    return torch.get_default_dtype()
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -331,8 +367,15 @@ def trainable_before(model: nn.Module) -> set[int]:
         id(p)
         for m in base_modules(model)
         for name, p in m._parameters.items()
-        if p is not None and flags.get((id(m), name), p.requires_grad)
+        if p is not None and flags.get((id(m), name), had_gradient(m, name, p))
     }
+
+
+def had_gradient(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter trains, or would if it were not in codes."""
+    if not is_codes(module, name):
+        return parameter.requires_grad
+    return module.trained if isinstance(module, Quantised) else True
 
 
 def reachable(model: nn.Module, applied: Applied) -> bool:
@@ -411,6 +454,7 @@ def known_weight(module: nn.Module, name: str, parameter: Tensor) -> Tensor | Kn
     """The parameter itself, or what a quantised one was."""
     if not is_codes(module, name):
         return parameter
+    shape: tuple[int, ...]
     if isinstance(module, Quantised):
         shape = module.features[::-1] if is_conv1d(module) else module.features
         values = module.samples

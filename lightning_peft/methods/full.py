@@ -22,4 +22,4 @@ class FullFineTuning(PEFT, name="full", family="baseline", mergeable=True):
         return self.keep_base
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:
-        return parameter.is_floating_point()
+        return parameter.is_floating_point()  # a quantised weight is shown as what it stands for

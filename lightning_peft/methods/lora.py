@@ -56,9 +56,9 @@ class LowRank(Adapter):
         y = base(x)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        z = F.linear(x, self.a.to(x.dtype))
-        z = F.linear(z, self.b.to(x.dtype), None if self.c is None else self.c.to(x.dtype))
-        return torch.add(y, z, alpha=self.scale)
+        # on (..., rank): torch.add(alpha=) is lost in a compiled graph
+        z = self.scale * F.linear(x, self.a.to(x.dtype))
+        return y + F.linear(z, self.b.to(x.dtype), None if self.c is None else self.scale * self.c.to(x.dtype))
 
     def delta(self, weight: Tensor) -> Tensor:  # (d_out, d_in)
         return self.scale * (self.b.to(weight) @ self.a.to(weight))
