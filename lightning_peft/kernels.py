@@ -63,16 +63,19 @@ class BitsandbytesKernels:
     @staticmethod
     def dequantise(blocks: Blocks, dtype: torch.dtype) -> Tensor:
         """As `core.quant.dequantise`."""
-        if blocks.kind not in ("nf4", "fp4") or blocks.codes.is_meta:
+        odd = (
+            blocks.codes.device.type == "cpu" and math.prod(blocks.shape) % 2
+        )  # its CPU kernel falls back on a slow one
+        if blocks.kind not in ("nf4", "fp4") or blocks.codes.is_meta or odd:
             return quant.dequantise(blocks, dtype)
         ops, scales = torch.ops.bitsandbytes, blocks.absmax
         if blocks.nested_absmax is not None:
-            table = quant.dynamic_map(scales.device)
+            table = quant._table("dynamic", "", scales)
             scales = ops.dequantize_blockwise(scales, blocks.nested_absmax, table, 256, torch.float32)
             scales = scales.add_(blocks.offset)
         direct = dtype if dtype in KNOWN_DTYPES else torch.float32
         # flat: with rows that are no multiple of the block, its CPU kernel takes the scales of the wrong blocks
-        flat = [math.prod(blocks.shape)]
+        flat = [1, math.prod(blocks.shape)]
         values = ops.dequantize_4bit(blocks.codes, scales, blocks.blocksize, blocks.kind, flat, direct)
         return values.view(blocks.shape).to(dtype)
 

@@ -286,7 +286,9 @@ def check_untrained(model: nn.Module) -> None:
     if busy or held_by_optimizer(weights):
         raise QuantisationError(
             "An optimizer is at work on this model already; it would go on with the old weights. Quantise before the "
-            "optimizer is built: Trainer(plugins=[NF4Precision(...)]), or quantise(model) right after it is loaded."
+            "optimizer is built: Trainer(plugins=[NF4Precision(...)]), or quantise(model) right after it is "
+            "loaded. After "
+            "a training that is over: model.zero_grad(), and let go of its optimizer and Trainer first."
         )
 
 

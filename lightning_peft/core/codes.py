@@ -126,10 +126,24 @@ class BlockProduct(torch.autograd.Function):
     """y = x W^T + b with W dequantised for this product, and again for dL/dx = dL/dy W: no floating weight is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, codes: Tensor, *rest: Any) -> Tensor:
-        blocks, backend = packed_blocks(codes, *rest), rest[-1]
-        ctx.blocks, ctx.backend = blocks, backend  # no setup_context: torch.compile would not take it
+    def forward(  # type: ignore[override]  # all arguments by name: torch.compile counts them
+        x: Tensor,
+        bias: Tensor | None,
+        codes: Tensor,
+        absmax: Tensor,
+        nested: Tensor | None,
+        offset: Tensor | None,
+        shape: tuple[int, int],
+        kind: str,
+        blocksize: int,
+        backend: str,
+    ) -> Tensor:
+        blocks = packed_blocks(codes, absmax, nested, offset, shape, kind, blocksize)
         return F.linear(x, kernels(backend).dequantise(blocks, x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.blocks, ctx.backend = packed_blocks(*inputs[2:]), inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
