@@ -39,6 +39,8 @@ _PUBLIC = {
     "load_quantised": "lightning_peft.quantised_files",
     "save_quantised": "lightning_peft.quantised_files",
     "GradientCheckpointing": "lightning_peft.gradient_checkpointing",
+    "plan": "lightning_peft.planning",
+    "MemoryLog": "lightning_peft.planning",
     "paged_adamw": "lightning_peft.optim",
     "paged_adamw_8bit": "lightning_peft.optim",
     "adamw_8bit": "lightning_peft.optim",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
         PromptTuning,
     )
     from lightning_peft.optim import adamw_8bit, paged_adamw, paged_adamw_8bit
+    from lightning_peft.planning import MemoryLog, plan
     from lightning_peft.precision import NF4FSDPPrecision, NF4Precision, dequantise, quantise
     from lightning_peft.quantised_files import empty_weights, load_quantised, save_quantised
     from lightning_peft.strategies import PEFTDDPStrategy, PEFTSingleDeviceStrategy, PEFTStrategyMixin

@@ -41,6 +41,17 @@ logistic regression on the frozen model's features, its strength of regularisati
 Overrides as in `train`; the settings are in conf/experiment/demo.yaml."""
 
 
+PLAN = """\
+The memory that a run would take, before it is started: weights, gradients, optimizer state, activations, the peak, and
+the cards that hold it. Words as in `train`; a real step is taken on tensors without memory, nothing is downloaded but
+the config.json of a model of the hub.
+
+  lightning-peft plan model=hf model.name=meta-llama/Llama-3.1-8B data=instructions precision=nf4 \\
+      optimizer=paged_adamw gradient_checkpointing=true data.batch_size=4 data.max_length=512
+  lightning-peft plan experiment=qlora model=hf model.name=some/folder --fit 24GiB
+  lightning-peft plan peft=ia3 --plot memory.png --json memory.json"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -112,6 +123,15 @@ def demo(argv: list[str]) -> None:
     launch("demo", train_parser("demo", DEMO), argv, ["experiment=demo"])
 
 
+def plan(argv: list[str]) -> None:
+    """Compose, check, and take a step without memory."""
+    from_here = train_parser("plan", PLAN)
+    from lightning_peft.planning import command
+
+    command.options(from_here)
+    command.run(from_here.parse_intermixed_args(argv))
+
+
 def methods(argv: list[str]) -> None:
     """Print the registry."""
     from_here = parser("methods", "All methods: family, equation, mergeable, identity at step 0, paper.")
@@ -160,6 +180,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "predict": (predict, "label sentences with a trained adapter"),
     "methods": (methods, "list the methods"),
     "demo": (demo, "LoRA against a linear probe on the embedded data, in a few minutes on a CPU"),
+    "plan": (plan, "tell the memory of a run before it is started"),
 }
 
 if __name__ == "__main__":

@@ -53,16 +53,21 @@ def compose(overrides: Sequence[str] = (), directory: str | Path | None = None, 
 
     Errors: ConfigError, which lists the choices. Outside of the command line give run_dir=...
     """
+    config = composed(overrides, directory, name)
+    check(config)
+    return config
+
+
+def composed(overrides: Sequence[str] = (), directory: str | Path | None = None, name: str = NAME) -> DictConfig:
+    """As `compose`, without the checks of the whole."""
     from lightning_peft.schema import register
 
     register()
     try:
         with found_first(directory), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = hydra.compose(name, list(overrides))
+            return hydra.compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
-    check(config)
-    return config
 
 
 class UserConfigs(SearchPathPlugin):

@@ -297,7 +297,7 @@ def held_by_optimizer(weights: dict[int, nn.Parameter]) -> bool:
 
     def found() -> bool:
         alive = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-        return any(id(p) in weights for o in alive for group in o.param_groups for p in group["params"])
+        return any(id(p) in weights for o in alive for group in getattr(o, "param_groups", ()) for p in group["params"])
 
     if not found():
         return False
@@ -484,7 +484,7 @@ class NF4Precision(QuantisedBase, Precision):
                 f"rest_dtype={rest_dtype!r} is unsupported. Known: bfloat16, float16, float32, None."
             )
         self.configure(settings, targets, skip, rest_dtype)
-        if compute_dtype == "float16":
+        if self.mixed == torch.float16:
             self.scaling = MixedPrecision("16-mixed", "cuda" if torch.cuda.is_available() else "cpu")
 
     # float16 needs a scaled loss: Lightning's own plugin does that

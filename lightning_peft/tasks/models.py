@@ -6,6 +6,7 @@ All come in training mode, so that dropout acts in `fit`; transformers hands pre
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from lightning_peft.tasks.extras import optional
@@ -45,7 +46,8 @@ def hf(
     """A pretrained model of the hub or a folder, for a task: classification, image, causal-lm, seq2seq or backbone.
 
     With `pooling`, classification and image take the backbone and the head of `PooledClassifier`; without, the head
-    that transformers gives the architecture. `options` go to `from_pretrained`.
+    that transformers gives the architecture. `options` go to `from_pretrained`. Within `torch.device("meta")` the
+    weights stay where they are: the config alone says what the model is.
     """
     check_task("classification" if pooling else task, num_classes)
     transformers = optional("transformers", f"The model {str(name)!r}")
@@ -55,7 +57,8 @@ def hf(
     if Path(name).is_dir():
         options["local_files_only"] = True
     with reach(name):
-        model = auto.from_pretrained(name, **options)
+        meta = torch.get_default_device().type == "meta"
+        model: Any = by_config(auto, name, options) if meta else auto.from_pretrained(name, **options)
     if pooling and num_classes is not None:
         model = PooledClassifier(model, model.config.hidden_size, num_classes, pooling, dropout)
     elif task == "classification" and getattr(model.config, "pad_token_id", None) is None:
@@ -63,6 +66,14 @@ def hf(
             model.config.eos_token_id
         )  # decoders look for the last token in front of the padding
     return model.train()
+
+
+def by_config(auto: Any, name: str | Path, options: dict[str, Any]) -> nn.Module:
+    """The model that `auto.from_pretrained(name, **options)` loads, without its weights."""
+    own = {key: value for key, value in options.items() if key in ("dtype", "attn_implementation", "add_pooling_layer")}
+    rest = {key: value for key, value in options.items() if key not in own and key != "ignore_mismatched_sizes"}
+    config = optional("transformers", f"The model {str(name)!r}").AutoConfig.from_pretrained(name, **rest)
+    return auto.from_config(config, **own)
 
 
 def check_task(task: str, num_classes: int | None) -> None:
