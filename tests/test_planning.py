@@ -166,29 +166,32 @@ def test_bits_of_a_quantised_parameter(double: bool, bits: float) -> None:
     assert 8 * (one.weights["uint8"] + one.constants) / quantised == pytest.approx(bits, abs=6e-4)
 
 
-def totals(model: nn.Module, method: Any, batch: Any, how: dict[str, Any], offload: Any = None) -> dict[str, int]:
-    """phase -> bytes"""
+def totals(model: nn.Module, method: Any, batch: Any, how: dict[str, Any]) -> dict[Any, dict[str, int]]:
+    """offload -> phase -> bytes"""
     arithmetic_of = arithmetic(how.get("precision"))
     ready = prepared(model, method, arithmetic_of, how.get("checkpointing", False))
     step = Step(ready, batch, Setting(arithmetic_of, how["optimizer"], "cuda"))
-    return {phase: sum(lived.values()) for phase, lived in step.phases(offload).items()}
+    return {
+        offload: {phase: sum(lived.values()) for phase, lived in step.phases(offload).items()}
+        for offload in (None, "optimizer", "weights")
+    }
 
 
-def deep(phases: dict[int, dict[str, int]], layers: int) -> float:
+def deep(found: dict[int, dict[Any, dict[str, int]]], layers: int, offload: Any = None) -> float:
     """What a deeper model takes, all of whose layers are alike: by a line through two depths, for each phase."""
-    (few, low), (more, high) = sorted(phases.items())
+    (few, low), (more, high) = sorted((depth, phases[offload]) for depth, phases in found.items())
     return max(low[name] + (high[name] - low[name]) / (more - few) * (layers - few) for name in low)
 
 
 QLORA = {"precision": "nf4", "checkpointing": True, "optimizer": "paged_adamw"}
 
 
-def qlora(layers: int, offload: Any = None) -> dict[str, int]:
+def qlora(layers: int) -> dict[Any, dict[str, int]]:
     """LLaMA-65B with QLoRA's own settings: rank 64 on all projections, 16-bit adapters; batch 1, 512 tokens."""
     widths = {"hidden_size": 8192, "intermediate_size": 22016, "num_attention_heads": 64, "vocab_size": 32000}
     net = on_meta(hf.LlamaForCausalLM, hf.LlamaConfig(**widths, num_hidden_layers=layers)).to(torch.bfloat16)
     method = LoRA(targets="all-linear", rank=64, dropout=0.05, dtype="base")
-    return totals(net, method, text_batch(1, 512), QLORA, offload)
+    return totals(net, method, text_batch(1, 512), QLORA)
 
 
 def test_llama_65b_below_48_gb() -> None:
@@ -198,7 +201,8 @@ def test_llama_65b_below_48_gb() -> None:
     Beside our reserve a card of 48 GB has no room for them; there the pages of the optimizer go to the host, which the
     plan calls offload.
     """
-    paged, host = (deep({n: qlora(n, offload) for n in (2, 4)}, 80) for offload in (None, "optimizer"))
+    found = {n: qlora(n) for n in (2, 4)}
+    paged, host = (deep(found, 80, offload) for offload in (None, "optimizer"))
     assert 45 * GB < paged < 45.5 * GB
     assert sizes.need(int(host)) < 48 * GB < sizes.need(int(paged))
 
@@ -206,7 +210,7 @@ def test_llama_65b_below_48_gb() -> None:
 PLAIN = {"optimizer": partial(torch.optim.AdamW, foreach=False)}
 
 
-def t0(layers: int, method: Any, offload: Any = None) -> dict[str, int]:
+def t0(layers: int, method: Any) -> dict[Any, dict[str, int]]:
     """T0-3B is T5 v1.1 xl, with a head of its own; the batch of the published script."""
     widths = {"d_model": 2048, "d_ff": 5120, "num_heads": 32, "d_kv": 64, "vocab_size": 32128}
     more = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "num_decoder_layers": layers}
@@ -214,7 +218,7 @@ def t0(layers: int, method: Any, offload: Any = None) -> dict[str, int]:
     net.lm_head.weight = nn.Parameter(torch.empty(32128, 2048, device="meta"))
     assert layers != 24 or sum(p.numel() for p in net.parameters()) == 2_849_757_184
     batch = text_batch(8, 64) | {"labels": torch.empty(8, 4, dtype=torch.long, device="meta")}
-    return totals(net, method, batch, PLAIN, offload)
+    return totals(net, method, batch, PLAIN)
 
 
 FULL, SMALL = FullFineTuning(keep_base=False), LoRA(targets="q,v,cross.q,cross.v", rank=8, dropout=0.1)
@@ -230,8 +234,8 @@ def test_t0_3b() -> None:
     CPU offload is DeepSpeed's ZeRO-3 there, which keeps up to 10^9 parameters (4 GB) on the device, and buckets to
     fetch and reduce beside them. The plan has one block at a time, the least there can be: 3.5 GB.
     """
-    full = deep({n: t0(n, FULL) for n in (2, 4)}, 24)
-    lora, offloaded = (deep({n: t0(n, SMALL, offload) for n in (2, 4)}, 24) for offload in (None, "weights"))
+    full, small = deep({n: t0(n, FULL) for n in (2, 4)}, 24), {n: t0(n, SMALL) for n in (2, 4)}
+    lora, offloaded = (deep(small, 24, offload) for offload in (None, "weights"))
     for published, planned in ((47.14, full), (14.4, lora)):
         assert planned == pytest.approx(published * GB, rel=0.06)
         assert planned == pytest.approx(published * 2**30, rel=0.06)
@@ -242,9 +246,9 @@ def test_t0_3b() -> None:
 @pytest.mark.slow
 def test_all_layers() -> None:
     """The lines through two depths say what the whole models take."""
-    assert max(qlora(80).values()) == pytest.approx(deep({n: qlora(n) for n in (2, 4)}, 80), rel=1e-3)
+    assert max(qlora(80)[None].values()) == pytest.approx(deep({n: qlora(n) for n in (2, 4)}, 80), rel=1e-3)
     for method in (FULL, SMALL):
-        whole = max(t0(24, method).values())
+        whole = max(t0(24, method)[None].values())
         assert whole == pytest.approx(deep({n: t0(n, method) for n in (2, 4)}, 24), rel=1e-3)
 
 
@@ -601,7 +605,7 @@ def test_the_search_finds_the_largest_batch() -> None:
 def test_fit() -> None:
     said: list[str] = []
     net, batch = tiny(), text_batch(3, 32)
-    found = fit(net, LoRA(), "610MB", batch=batch, precisions=["nf4"], ranks=[2], say=said.append)
+    found = fit(net, LoRA(), "610MB", batch=batch, precisions=["32-true"], ranks=[2], say=said.append)
     assert len(said) == len(found) == 2
     assert [c.batch_size for c in found] == sorted((c.batch_size for c in found), reverse=True)
     for choice in (found[0], found[-1]):
