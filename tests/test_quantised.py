@@ -67,6 +67,7 @@ from lightning_peft.core.quantised import (
     thaw,
 )
 from lightning_peft.core.sites import TargetError
+from lightning_peft.methods import lora
 from lightning_peft.precision import NF4Precision, Report, dequantise, footprint, quantisation, quantise
 
 TARGETS: dict[str, list[str]] = {"mlp": ["body.2", "mlp", "lora"]}  # no table knows the names of the plain module
@@ -611,6 +612,135 @@ def test_first_and_second_derivatives(mode: str, backend: str) -> None:
         close(one, two, 1e-12)
 
 
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_layer_gives_can_be_changed_in_place(mode: str, bias: bool, leading: tuple[int, ...]) -> None:
+    layer, x = linear(bias=bias, mode=mode), activations(*leading, 96)
+    layer(x).mul_(2).relu_().sum().backward()
+    found, x.grad = x.grad, None
+    (layer(x) * 2).relu().sum().backward()
+    assert torch.equal(found, x.grad)
+
+
+# ------------------------------------------------------------------ LoRA and codes in one product
+class One(nn.Module):
+    def __init__(self, layer: Quantised) -> None:
+        super().__init__()
+        self.proj = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of LoRA went the short way, from here on."""
+    calls: list[bool] = []
+    real = lora.takes_low_rank
+    monkeypatch.setattr(lora, "takes_low_rank", lambda base, x: calls.append(real(base, x)) or calls[-1])
+    return calls
+
+
+def with_lora(layer: Quantised, **fields: Any) -> One:
+    net = One(layer)
+    LoRA(**{"targets": "proj", "rank": 3, "alpha": 7, "heads": None, "dtype": "base", **fields}).apply(net)
+    perturb(net, adapters_only=True)
+    return net
+
+
+@pytest.mark.parametrize("leading", LEADING, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_lora_over_codes_is_the_dense_formula(
+    kind: str, leading: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = LAYERS[kind]()
+    d_out, d_in = layer.features
+    net = with_lora(layer, dtype="float32").double()
+    for p in adapter_parameters(net):
+        p.data = p.data.double()
+    calls = fused(monkeypatch)
+    (adapter,) = net.proj.adapters._modules.values()
+    x, g = activations(*leading, d_in, dtype=torch.float64), activations(*leading, d_out, dtype=torch.float64, seed=5)
+    inputs = [x, adapter.a, adapter.b]
+    y = net(x)
+    weight = layer.dequantised(torch.float64)
+    expected = F.linear(x, weight + 7 / 3 * adapter.b @ adapter.a, layer.bias)
+    near(y, expected, 1e-12)
+    for one, two in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True):
+        near(one, two, 1e-12)
+    assert calls == [True]
+
+
+def test_second_derivatives_of_lora_over_codes() -> None:
+    net = with_lora(linear(7, 5), dtype="float32").double()
+    shapes = [p.double().detach().requires_grad_() for p in adapter_parameters(net)]
+
+    def call(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        names = [name for name, _ in net.named_parameters() if ".adapters." in name]
+        return torch.func.functional_call(net, dict(zip(names, (a, b), strict=True)), (x,))
+
+    x = activations(2, 3, 7, dtype=torch.float64)
+    assert torch.autograd.gradcheck(call, (x, *shapes))
+    assert torch.autograd.gradgradcheck(call, (x, *shapes))
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], torch.dtype | None, bool]] = {
+    "plain": ({}, {}, None, True),
+    "with a bias of its own": ({}, {"lora_bias": True}, None, False),
+    "with dropout": ({}, {"dropout": 0.5}, None, False),
+    "eight bits": ({"mode": "int8"}, {}, None, False),
+    "products in another dtype": ({"compute_dtype": torch.bfloat16}, {}, None, False),
+    "autocast to that dtype": ({"compute_dtype": torch.bfloat16}, {}, torch.bfloat16, True),
+    "autocast": ({}, {}, torch.bfloat16, True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_when_lora_goes_the_short_way_and_that_it_gives_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, fields, autocast, short = CASES[case]
+    net = with_lora(linear(**options), **fields).train()
+    calls = fused(monkeypatch)
+    results = []
+    for way in (lora.takes_low_rank, lambda base, x: False):
+        monkeypatch.setattr(lora, "takes_low_rank", way)
+        torch.manual_seed(0)
+        x = activations(2, 4, 96)
+        with torch.autocast("cpu", autocast, enabled=True) if autocast else nullcontext():
+            y = net(x)
+        y.float().square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in adapter_parameters(net))])
+        net.zero_grad()
+    assert any(calls) is short
+    for one, two in zip(*results, strict=True):
+        assert one.dtype == two.dtype
+        near(one, two.double(), 1e-6 if autocast is None else 2 * ROUNDING[autocast])
+
+
+def test_two_lora_on_one_projection_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = with_lora(linear())
+    LoRA(targets="proj", rank=2, heads=None, label="second").apply(net)
+    perturb(net, adapters_only=True, seed=2)
+    calls = fused(monkeypatch)
+    x = activations(2, 96)
+    merged = sum(a.delta(net.proj.weight) for a in net.proj.adapters._modules.values())
+    near(net(x), F.linear(x.double(), (net.proj.weight + merged).double(), net.proj.bias.double()), 1e-6)
+    assert sorted(calls) == [False, True]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_lora_over_codes_compiles_whole(backend: str) -> None:
+    net = with_lora(linear())
+    results = []
+    for call in (net, torch.compile(net, fullgraph=True, backend=backend)):
+        x = activations(3, 96)
+        y = call(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in adapter_parameters(net))])
+        net.zero_grad()
+    for one, two in zip(*results, strict=True):
+        near(one, two.double(), 1e-6)
+
+
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_a_frozen_input_needs_no_gradient(mode: str) -> None:
     layer = linear(mode=mode)
@@ -998,6 +1128,12 @@ def test_bits_per_parameter_are_those_of_the_tensors(options: dict[str, Any], bi
     if not options:
         assert round(measured, 3) == 4.127
         assert "4.127 bits" in str(report)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_samples_of_a_weight_do_not_hold_on_to_it(dtype: torch.dtype) -> None:
+    layer = linear(dtype=dtype)
+    assert layer.samples.untyped_storage().nbytes() == layer.samples.nbytes
 
 
 def test_a_float_weight_is_gone_before_the_next_is_quantised(monkeypatch: pytest.MonkeyPatch) -> None:

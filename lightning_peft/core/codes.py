@@ -139,7 +139,7 @@ class BlockProduct(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         blocks = packed_blocks(codes, absmax, nested, offset, shape, kind, blocksize)
-        return F.linear(x, kernels(backend).dequantise(blocks, x.dtype), bias)
+        return as_input(F.linear(x.reshape(-1, shape[1]), kernels(backend).dequantise(blocks, x.dtype), bias), x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -153,6 +153,59 @@ class BlockProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             to_bias = grads[0].reshape(-1, grads[0].shape[-1]).sum(0)
         return (to_x, to_bias, *[None] * 8)
+
+
+class LowRankProduct(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T: what is of low rank is added in place to what W gives, forward and backward.
+
+    The second of what it returns, s x A^T, is for its own backward.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        bias: Tensor | None,
+        codes: Tensor,
+        absmax: Tensor,
+        nested: Tensor | None,
+        offset: Tensor | None,
+        shape: tuple[int, int],
+        kind: str,
+        blocksize: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        blocks = packed_blocks(codes, absmax, nested, offset, shape, kind, blocksize)
+        rows = x.reshape(-1, shape[1])
+        y = F.linear(rows, kernels(backend).dequantise(blocks, x.dtype), bias)
+        z = scale * F.linear(rows, a)
+        return as_input(y.addmm_(z, b.T), x), z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.blocks, ctx.backend, ctx.scale = packed_blocks(*inputs[5:]), inputs[-1], inputs[3]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:3], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, a, b, z = ctx.saved_tensors
+        rows, up = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        if torch.is_grad_enabled():  # for a second derivative, where z is a function too
+            z = ctx.scale * F.linear(rows, a)
+        to_x = to_a = to_b = to_bias = None
+        to_z = ctx.scale * (up @ b)
+        if ctx.needs_input_grad[0]:
+            to_x = (up @ kernels(ctx.backend).dequantise(ctx.blocks, up.dtype)).addmm_(to_z, a).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            to_a = to_z.T @ rows
+        if ctx.needs_input_grad[2]:
+            to_b = up.T @ z
+        if ctx.needs_input_grad[4]:
+            to_bias = up.sum(0)
+        return (to_x, to_a, to_b, None, to_bias, *[None] * 8)
 
 
 class Int8Product(torch.autograd.Function):
@@ -175,11 +228,19 @@ class Int8Product(torch.autograd.Function):
         elif outliers is not None and outliers.any():
             index = outliers.nonzero().squeeze(1)
             y += rows[:, index] @ int8_weight(codes[:, index], absmax, torch.float32).T
-        return y.to(x.dtype).unflatten(0, x.shape[:-1]) if x.dim() != 1 else y[0].to(x.dtype)
+        return as_input(y.to(x.dtype), x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads[0] @ int8_weight(ctx.codes, ctx.absmax, grads[0].dtype), None, None, None, None
+
+
+def as_input(y: Tensor, x: Tensor) -> Tensor:
+    """(n, d_out) -> (..., d_out) as x is (..., d_in)
+
+    Not a view: what a Function returns could not be changed in place then, as `nn.ReLU(inplace=True)` does.
+    """
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def packed_blocks(
@@ -235,8 +296,8 @@ def decode(parts: dict[str, Tensor], shape: tuple[int, int], q: Quantisation) ->
 
 
 def sample(weight: Tensor, count: int = 4) -> Tensor:
-    """`count` values of it, as `core.state.fingerprint` picks them."""
-    return weight.flatten()[:: max(1, weight.numel() // count)][:count].to("cpu", torch.bfloat16)
+    """`count` values of it, as `core.state.fingerprint` picks them; copies, which do not hold on to it."""
+    return weight.flatten()[:: max(1, weight.numel() // count)][:count].to("cpu", torch.bfloat16, copy=True)
 
 
 # ------------------------------------------------------------------ what files hold

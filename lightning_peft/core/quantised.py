@@ -10,6 +10,7 @@ What is written to a state dict has the keys of bitsandbytes' layers, so that ei
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -24,6 +25,7 @@ from lightning_peft.core.codes import (
     BlockProduct,
     FileWeight,
     Int8Product,
+    LowRankProduct,
     Quantisation,
     decode,
     encode,
@@ -37,6 +39,8 @@ from lightning_peft.core.codes import (
     stored,
 )
 from lightning_peft.core.quant import Blocks, QuantisationError
+
+LowRankTerm = tuple[Tensor, Tensor, float]
 
 
 # ------------------------------------------------------------------ the layer
@@ -78,19 +82,25 @@ class Quantised(nn.Module):
             return int8_weight(self.codes, cast(Tensor, self._buffers["absmax"]), dtype)
         return kernels(self.quantisation.backend).dequantise(self.blocks(), dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + b; (..., d_in) -> (..., d_out), in the dtype of x, or of autocast"""
-        device, out = x.device.type, x.dtype
-        dtype = self.quantisation.compute_dtype or out
-        if device == "meta" or out == torch.float64 or not torch.is_autocast_enabled(device):
-            return self._product(x.to(dtype)).to(out)
-        cast_to = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return self._product(x.to(self.quantisation.compute_dtype or cast_to)).to(cast_to)
+    def forward(self, x: Tensor, low_rank: LowRankTerm | None = None) -> Tensor:
+        """y = x W^T + b; (..., d_in) -> (..., d_out), in the dtype of x, or of autocast
 
-    def _product(self, x: Tensor) -> Tensor:
+        low_rank: A (r, d_in), B (d_out, r) and s of a term s (x A^T) B^T, where `takes_low_rank`.
+        """
+        out, autocast = dtype_around(x)
+        x = x.to(self.quantisation.compute_dtype or out)
+        if not autocast:
+            return self._product(x, low_rank).to(out)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._product(x, low_rank).to(out)
+
+    def _product(self, x: Tensor, low_rank: LowRankTerm | None) -> Tensor:
         q = self.quantisation
         bias = None if self.bias is None else cast(Tensor, self.bias).to(x.dtype)
+        if low_rank is not None:
+            a, b, scale = low_rank
+            given = (x, a.to(x.dtype), b.to(x.dtype), scale, bias, self.codes, *self._constants())
+            return LowRankProduct.apply(*given)[0]
         if q.mode != "int8":
             return BlockProduct.apply(x, bias, self.codes, *self._constants())
         y = Int8Product.apply(x, self.codes, self._buffers["absmax"], q.threshold, q.backend)
@@ -192,6 +202,22 @@ class Quantised(nn.Module):
             load_weight(self, mine)
         except QuantisationError as error:
             errors.append(f"{prefix}weight: {error}")
+
+
+def dtype_around(x: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype that a product with x has, and whether that is for autocast."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype, False
+    return torch.get_autocast_dtype(device), True
+
+
+def takes_low_rank(base: Callable[..., Tensor], x: Tensor) -> bool:
+    """Whether `base` is the own forward of a quantised projection that can add a low-rank term, in the same dtype."""
+    owner = base.args[0] if isinstance(base, functools.partial) and base.args else None
+    if not isinstance(owner, Quantised) or owner.quantisation.mode == "int8":
+        return False
+    return owner.quantisation.compute_dtype in (None, dtype_around(x)[0])
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

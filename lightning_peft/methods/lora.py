@@ -18,6 +18,7 @@ from lightning_peft.core.adapter import Adapter, NotMergeableError
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
 from lightning_peft.core.init import Draw
 from lightning_peft.core.method import Scope
+from lightning_peft.core.quantised import takes_low_rank
 from lightning_peft.core.sites import Site, Sites
 from lightning_peft.core.targets import per_site, projection_widths
 
@@ -53,8 +54,11 @@ class LowRank(Adapter):
             draw.zeros(self.c)
 
     def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        dropping = self.dropout > 0 and self.training
+        if self.c is None and not dropping and takes_low_rank(base, x):
+            return base(x, low_rank=(self.a, self.b, self.scale))
         y = base(x)
-        if self.dropout and self.training:
+        if dropping:
             x = F.dropout(x, self.dropout)
         # on (..., rank): torch.add(alpha=) is lost in a compiled graph
         z = self.scale * F.linear(x, self.a.to(x.dtype))
