@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -93,6 +94,12 @@ class PEFT(Method, Callback):
         if not vars(self).get("_checked_gradients"):
             vars(self)["_checked_gradients"] = True
             warn_without_gradient(pl_module)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Add the gradients of the adapters' penalties: once a step, after all batches of it and before clipping."""
+        applied = state.applied_to(pl_module).get(self.name_on_model)
+        if applied is not None and applied.trainable:
+            add_penalties(pl_module, applied)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._leads(pl_module) and vars(self)["_masks"]:
@@ -343,6 +350,21 @@ def announce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         f"{facts['trainable']:,} of "
         f"{facts['total']:,} ({facts['percent']:.4f} %) | weights in a checkpoint {facts['bytes'] / 2**20:.2f} MiB"
     )
+
+
+def add_penalties(pl_module: pl.LightningModule, applied: state.Applied) -> None:
+    """grad += d(sum of penalties)/dp; the same on all ranks, so that nothing is reduced again."""
+    with torch.enable_grad():
+        found = [p for x in applied.placements if (p := x.adapter.penalty()) is not None]
+        if not found:
+            return
+        total = torch.stack(found).sum()
+    mine = [p for x in applied.placements for p in x.adapter.parameters() if p.requires_grad]
+    parameters = list({id(p): p for p in mine}.values())
+    for parameter, grad in zip(parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+    pl_module.log(f"{applied.label}/penalty", total.detach())
 
 
 def warn_without_gradient(pl_module: pl.LightningModule) -> None:

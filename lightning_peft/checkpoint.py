@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.core import state
+from lightning_peft.core.basis import BasisError
 from lightning_peft.core.method import REGISTRY, Method
 
 log = logging.getLogger("lightning_peft")
@@ -54,6 +55,10 @@ def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: boo
                 f"{name!r} is {tuple(tensor.shape)} in the checkpoint and {tuple(own[name].shape)} here."
             )
     module.load_state_dict(dict(given), strict=False)
+    try:
+        state.verify_bases(module)
+    except BasisError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Method] | None = None) -> nn.Module:

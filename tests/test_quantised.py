@@ -51,7 +51,7 @@ from lightning_peft import (
     precision,
     save_adapter,
 )
-from lightning_peft.core import codes, merge, quantised, state
+from lightning_peft.core import codes, low_rank, merge, quantised, state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.codes import CONSTANTS, Quantisation
 from lightning_peft.core.files import AdapterFileError
@@ -67,7 +67,6 @@ from lightning_peft.core.quantised import (
     thaw,
 )
 from lightning_peft.core.sites import TargetError
-from lightning_peft.methods import lora
 from lightning_peft.precision import NF4Precision, Report, dequantise, footprint, quantisation, quantise
 
 TARGETS: dict[str, list[str]] = {"mlp": ["body.2", "mlp", "lora"]}  # no table knows the names of the plain module
@@ -636,8 +635,8 @@ class One(nn.Module):
 def fused(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of LoRA went the short way, from here on."""
     calls: list[bool] = []
-    real = lora.takes_low_rank
-    monkeypatch.setattr(lora, "takes_low_rank", lambda base, x: calls.append(real(base, x)) or calls[-1])
+    real = low_rank.takes_low_rank
+    monkeypatch.setattr(low_rank, "takes_low_rank", lambda base, x: calls.append(real(base, x)) or calls[-1])
     return calls
 
 
@@ -701,8 +700,8 @@ def test_when_lora_goes_the_short_way_and_that_it_gives_the_same(case: str, monk
     net = with_lora(linear(**options), **fields).train()
     calls = fused(monkeypatch)
     results = []
-    for way in (lora.takes_low_rank, lambda base, x: False):
-        monkeypatch.setattr(lora, "takes_low_rank", way)
+    for way in (low_rank.takes_low_rank, lambda base, x: False):
+        monkeypatch.setattr(low_rank, "takes_low_rank", way)
         torch.manual_seed(0)
         x = activations(2, 4, 96)
         with torch.autocast("cpu", autocast, enabled=True) if autocast else nullcontext():

@@ -43,6 +43,7 @@ class Adapter(nn.Module):
     additive = False  # y = base(x) + something that does not look at base(x): merging in any order is exact
     follows_dtype = False  # dtype="base": cast with the model
     cell: Cell
+    place: nn.Module  # what it is attached to; there while it is attached, and no child
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +72,14 @@ class Adapter(nn.Module):
         return weight
 
     def reset(self, draw: Any) -> None:
-        """Initialise every own parameter through `draw` (`core.init.Draw`), never from the global generator."""
+        """Initialise every own tensor through `draw` (`core.init.Draw`), never from the global generator.
+
+        It is attached by then: `core.projection.base_weight(self.place)` is there for initialisers that look at it.
+        """
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that is added to the loss of each optimizer step; None for none."""
+        return None
 
     def collapsed(self) -> dict[str, Tensor]:
         """The tensors that go into an adapter file; a reparametrised adapter gives what it stands for."""
@@ -199,6 +207,7 @@ def attach(module: nn.Module, label: str, adapter: Adapter) -> None:
             f"label={label!r} is taken on this {type(module).__name__}; known: {list(container._modules)}."
         )
     container.add(label, adapter.train(module.training))
+    vars(adapter)["place"] = module
 
 
 def _open(module: nn.Module) -> None:
@@ -219,6 +228,7 @@ def detach(module: nn.Module, label: str) -> Adapter:
         known = list(container._modules) if isinstance(container, Adapters) else []
         raise LabelError(f"No adapter labelled {label!r} on this {type(module).__name__}; known: {known}.")
     adapter = container.drop(label)
+    vars(adapter).pop("place", None)
     if not len(container):
         del module._modules["adapters"]
         unlink(module, Route)

@@ -141,6 +141,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return hasattr(module, "nf") and any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
 
 
+def is_convolution(module: nn.Module) -> bool:
+    """Conv1d, Conv2d, Conv3d; none that is transposed."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear, Conv1D, and the quantised layers that have their face."""
     return is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import state
 from lightning_peft.core.adapter import check_label
+from lightning_peft.core.basis import BasisError
 from lightning_peft.core.method import REGISTRY, Method, apply_as, check_free, remove
 from lightning_peft.core.state import Applied
 
@@ -225,6 +226,11 @@ def load_adapter(
     with torch.no_grad():
         for key, target in own.items():
             target.copy_(tensors[key])
+    try:
+        state.verify_bases(model)
+    except BasisError as error:
+        remove(model, label)
+        raise AdapterFileError(f"{directory}: {error}") from None
     if not method.keeps_original:
         for selected in applied.selected:
             selected.original = None if selected.mask is None else selected.original

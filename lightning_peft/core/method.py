@@ -268,7 +268,7 @@ def outside_frozen_networks(model: nn.Module, found: Sites) -> list[Site]:
 
 
 def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
-    """To the device (and, if asked, the dtype) of the place, then initial tensors from (seed, name)."""
+    """To the device and, if asked, the dtype of the place."""
     near = next((p for p in site.module.parameters()), None)
     if near is not None:
         dtype = state.base_dtype(site.module)
@@ -280,7 +280,12 @@ def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
         for module in adapter.modules():
             if isinstance(module, Adapter):
                 module.follows_dtype = part.dtype == "base"
-    adapter.reset(Draw(part.seed, f"{site.name}/{site.role}/{part.info.name}"))
+
+
+def draw(placement: Placement) -> None:
+    """Initial tensors from (seed, name)."""
+    part = placement.part
+    placement.adapter.reset(Draw(part.seed, f"{placement.site}/{placement.role}/{part.info.name}"))
 
 
 def _attach_all(applied: Applied, plans: list[Any], names: dict[int, str]) -> None:
@@ -296,6 +301,8 @@ def _attach_all(applied: Applied, plans: list[Any], names: dict[int, str]) -> No
                 close_place(place)
                 raise
             applied.placements.append(Placement(place, key, adapter, part, names[id(site.module)], site.role))
+    for placement in applied.placements:
+        draw(placement)
 
 
 def _detach_all(applied: Applied) -> None:
@@ -614,8 +621,7 @@ def materialize(model: nn.Module) -> nn.Module:
     """
     for applied in state.all_applied(model):
         for placement in applied.placements:
-            name = f"{placement.site}/{placement.role}/{placement.part.info.name}"
-            placement.adapter.reset(Draw(placement.part.seed, name))
+            draw(placement)
         for selected in applied.selected:
             if selected.original is not None and selected.original.is_meta:
                 selected.original = on_cpu(selected.parameter)

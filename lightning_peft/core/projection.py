@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Host, LabelError, NotMergeableError, Takeover, take_over, through, unlink
-from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.architectures import is_conv1d, is_convolution
 from lightning_peft.core.attention import (
     Attend,
     MultiheadForward,
@@ -109,9 +109,10 @@ def close_place(place: nn.Module) -> None:
 
 # ------------------------------------------------------------------ reading and writing weights
 def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (..., d_in) and bias (...) of the place, as views of the base's parameters.
+    """Weight and bias (...) of the place, as views of the base's parameters; `matrix` makes it (d_out, d_in).
 
-    Leading sizes multiply to d_out.
+    An embedding (V, d) is seen as the projection (d, V) of one-hot vectors, a convolution (d_out, ...) as that of the
+    patches under its kernel.
     """
     if isinstance(place, Slice):
         return _slice_views(place)
@@ -119,16 +120,25 @@ def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
         owner = vars(place)["owner"]
         return (owner.out_proj.weight, owner.out_proj.bias) if place.name == "o" else in_projection(owner, place.name)
     weight = getattr(place, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-        if isinstance(place, nn.Linear):
-            return weight, place.bias
-        if is_conv1d(place):
-            return weight.T, place.bias  # type: ignore[return-value]
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        if isinstance(place, nn.Linear) or is_convolution(place):
+            return weight, place.bias  # type: ignore[return-value]
+        if is_conv1d(place) or isinstance(place, nn.Embedding):
+            return weight.T, getattr(place, "bias", None)
     raise NotMergeableError(
         f"{type(place).__name__} has no floating-point weight (d_out, d_in) to fold into. Known: Linear, Conv1D, "
-        f"slices of "
-        "them, nn.MultiheadAttention. Leave the adapter attached."
+        "Embedding, Conv1d, Conv2d, Conv3d, slices of projections, nn.MultiheadAttention. Leave the adapter attached."
     )
+
+
+def matrix(place: nn.Module, weight: Tensor) -> Tensor:
+    """What `views` gave -> (d_out, d_in), a view where that is possible"""
+    return weight.flatten(1) if is_convolution(place) else weight.reshape(-1, weight.shape[-1])
+
+
+def base_weight(place: nn.Module) -> Tensor:
+    """The weight (d_out, d_in) that the place has at this moment, without a gradient; dequantised if it is in codes."""
+    return matrix(place, views(place)[0]).detach()
 
 
 def _slice_views(place: Slice) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +154,7 @@ def read(place: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = views(place)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return (
-        weight.detach().to(dtype, copy=True).reshape(-1, weight.shape[-1]),
+        matrix(place, weight.detach().to(dtype, copy=True)),
         None if bias is None else bias.detach().to(dtype, copy=True).reshape(-1),
     )
 

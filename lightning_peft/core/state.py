@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, Adapters, Cell, Host, LabelError
 from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.basis import Basis
 from lightning_peft.core.codes import CONSTANTS, sample
 from lightning_peft.core.quantised import Frozen, Quantised, foreign, foreign_dtype, repacked
 
@@ -243,9 +244,20 @@ def quantised_as(applied: Applied) -> str:
 
 
 def constant_names(model: nn.Module) -> list[str]:
-    """Names of the buffers that hold the scales of quantised weights."""
-    named = ((name, m) for name, m in model.named_modules() if isinstance(m, Quantised))
-    return [f"{name}.{constant}".lstrip(".") for name, m in named for constant in m.constants()]
+    """Names of the buffers that never change: the scales of quantised weights, and what adapters draw from seeds."""
+    names = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        held = module.constants() if isinstance(module, Quantised) else module._buffers
+        if isinstance(module, (Quantised, Basis)):
+            names += [f"{name}.{constant}".lstrip(".") for constant in held]
+    return names
+
+
+def verify_bases(model: nn.Module) -> None:
+    """Raise where adapters were just given the marks of another random basis."""
+    for module in model.modules():
+        if isinstance(module, Basis):
+            module.verify()
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:

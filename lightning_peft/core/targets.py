@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_peft.core.architectures import is_linear
+from lightning_peft.core.architectures import is_convolution, is_linear
 from lightning_peft.core.sites import Site, Sites, TargetError, sites
 
 T = TypeVar("T")
@@ -31,6 +32,34 @@ def per_site(found: Sites, table: dict[str, T], default: T) -> list[T]:
         for index in hits:
             values[index] = value
     return values
+
+
+Kind = Literal["linear", "embedding", "convolution"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A site as a matrix (d_out, d_in): an embedding on one-hot vectors, a convolution on the patches under it."""
+
+    d_in: int
+    d_out: int
+    kind: Kind = "linear"
+
+
+def matrix_shape(site: Site, method: str) -> Shape:
+    """Of a projection, an embedding or a convolution; an error elsewhere."""
+    module = site.module
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None or module.sparse:
+            raise TargetError(
+                f"{site.name!r} is an Embedding with max_norm or sparse gradients, which {method} cannot follow. "
+                "Exclude it."
+            )
+        return Shape(module.num_embeddings, module.embedding_dim, "embedding")
+    if is_convolution(module):
+        weight = cast(Tensor, module.weight)
+        return Shape(weight[0].numel(), len(weight), "convolution")
+    return Shape(*projection_widths(site, method))
 
 
 def projection_widths(site: Site, method: str) -> tuple[int, int]:

@@ -6,75 +6,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.callback import PEFT
-from lightning_peft.core.adapter import Adapter, NotMergeableError
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
-from lightning_peft.core.init import Draw
+from lightning_peft.core.low_rank import LowRank
 from lightning_peft.core.method import Scope
-from lightning_peft.core.quantised import takes_low_rank
 from lightning_peft.core.sites import Site, Sites
-from lightning_peft.core.targets import per_site, projection_widths
-
-
-class LowRank(Adapter):
-    """y = base(x) + s (B A drop(x) + c): A (rank, d_in), B (d_out, rank), c (d_out,) or absent."""
-
-    additive = True
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        scale: float,
-        dropout: float = 0.0,
-        bias: bool = False,
-        init: str = "kaiming",
-    ) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, d_in))
-        self.b = nn.Parameter(torch.empty(d_out, rank))
-        self.c = nn.Parameter(torch.empty(d_out)) if bias else None
-        self.scale, self.dropout, self.init = scale, dropout, init
-
-    def reset(self, draw: Draw) -> None:
-        if self.init == "kaiming":
-            draw.kaiming_uniform(self.a)
-        else:
-            draw.normal(self.a, std=1 / len(self.a))
-        draw.zeros(self.b)
-        if self.c is not None:
-            draw.zeros(self.c)
-
-    def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
-        dropping = self.dropout > 0 and self.training
-        if self.c is None and not dropping and takes_low_rank(base, x):
-            return base(x, low_rank=(self.a, self.b, self.scale))
-        y = base(x)
-        if dropping:
-            x = F.dropout(x, self.dropout)
-        # on (..., rank): torch.add(alpha=) is lost in a compiled graph
-        z = self.scale * F.linear(x, self.a.to(x.dtype))
-        return y + F.linear(z, self.b.to(x.dtype), None if self.c is None else self.scale * self.c.to(x.dtype))
-
-    def delta(self, weight: Tensor) -> Tensor:  # (d_out, d_in)
-        return self.scale * (self.b.to(weight) @ self.a.to(weight))
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.c is not None:
-            if bias is None:
-                raise NotMergeableError(
-                    "LoRA(lora_bias=True) on a projection without a bias cannot be merged; leave it attached."
-                )
-            bias = bias + self.scale * self.c.to(bias)
-        return weight + self.delta(weight), bias
+from lightning_peft.core.targets import matrix_shape, per_site
 
 
 class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", mergeable=True):
@@ -118,8 +61,8 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         ranks, alphas = per_site(sites, self.ranks, self.rank), per_site(sites, self.alphas, self.alpha)
         for site, rank, alpha in zip(sites, ranks, alphas, strict=True):
-            width = projection_widths(site, "LoRA")
-            yield site, LowRank(*width, rank, self.scale(rank, alpha), self.dropout, self.lora_bias, self.init)
+            shape = matrix_shape(site, type(self).__name__)
+            yield site, LowRank(shape, rank, self.scale(rank, alpha), self.dropout, self.lora_bias, self.init)
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:
         return name.rpartition(".")[2].endswith("bias")

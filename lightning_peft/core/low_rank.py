@@ -1,0 +1,114 @@
+"""The product that many methods share: s B A x beside W x, at a projection, an embedding or a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, NotMergeableError
+from lightning_peft.core.init import Draw
+from lightning_peft.core.quantised import takes_low_rank
+from lightning_peft.core.targets import Shape
+
+
+class LowRank(Adapter):
+    """y = base(x) + s (B A drop(x) + c): A (rank, d_in), B (d_out, rank), c (d_out,) or absent.
+
+    A method that makes A and B of something else overrides `factors`. Indices into an embedding are not dropped.
+    """
+
+    additive = True
+
+    def __init__(
+        self, shape: Shape, rank: int, scale: float, dropout: float = 0.0, bias: bool = False, init: str = "kaiming"
+    ) -> None:
+        super().__init__()
+        self.shape, self.scale, self.dropout, self.init = shape, scale, dropout, init
+        self.c = None
+        self.make(shape, rank)
+        if bias:
+            self.c = nn.Parameter(torch.empty(shape.d_out))
+
+    def make(self, shape: Shape, rank: int) -> None:
+        """The parameters that `factors` uses."""
+        self.a = nn.Parameter(torch.empty(rank, shape.d_in))
+        self.b = nn.Parameter(torch.empty(shape.d_out, rank))
+
+    def reset(self, draw: Draw) -> None:
+        # of an embedding each row of A is one token's: they start at zero, as in the LoRA paper's code
+        random, zero = (self.b, self.a) if self.shape.kind == "embedding" else (self.a, self.b)
+        if self.shape.kind == "embedding":
+            draw.normal(random, std=1.0)
+        elif self.init == "kaiming":
+            draw.kaiming_uniform(random)
+        else:
+            draw.normal(random, std=1 / len(random))
+        draw.zeros(zero)
+        if self.c is not None:
+            draw.zeros(self.c)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, d_in) and B (d_out, r)"""
+        return self.a, self.b
+
+    def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+        a, b = self.factors()
+        dropping = self.dropout > 0 and self.training
+        if self.c is None and not dropping and takes_low_rank(base, x):
+            return base(x, low_rank=(a, b, self.scale))
+        y = base(x)
+        bias = None if self.c is None else self.scale * self.c
+        if self.shape.kind == "embedding":
+            return y + embedded(self.place, x, a, b, bias, self.scale, y.dtype)
+        if dropping:
+            x = F.dropout(x, self.dropout)
+        if self.shape.kind == "convolution":
+            return y + convolved(self.place, x, a.to(x.dtype), b.to(x.dtype), bias, self.scale)
+        # on (..., rank): torch.add(alpha=) is lost in a compiled graph
+        z = self.scale * F.linear(x, a.to(x.dtype))
+        return y + F.linear(z, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def delta(self, weight: Tensor) -> Tensor:  # (d_out, d_in)
+        a, b = self.factors()
+        return self.scale * (b.to(weight) @ a.to(weight))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.c is not None:
+            if bias is None:
+                raise NotMergeableError(
+                    "A trained bias on a projection without one cannot be merged (lora_bias=True); leave it attached."
+                )
+            bias = bias + self.scale * self.c.to(bias)
+        return weight + self.delta(weight), bias
+
+
+def embedded(
+    place: Any, index: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """s (A^T)[index] B^T, with the factor that some models put on their embeddings; padding gets no gradient"""
+    z = scale * F.embedding(index, a.T, place.padding_idx)
+    y = F.linear(z.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype))
+    gain = getattr(place, "embed_scale", None)  # Gemma, BART, ...: a number or a tensor
+    return y if gain is None else y * (gain.to(dtype) if isinstance(gain, Tensor) else gain)
+
+
+def convolved(place: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """s B (A * x): A as a kernel of the place's own size, B as one of size 1; each group of channels with the same A"""
+    space = place.weight.dim() - 2
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
+    if place.padding_mode != "zeros":
+        x = F.pad(x, place._reversed_padding_repeated_twice, mode=place.padding_mode)
+    padding = place.padding if place.padding_mode == "zeros" else 0
+    single = x.dim() == space + 1  # without a batch
+    x = x[None] if single else x
+    grouped = x.unflatten(1, (place.groups, -1)).flatten(0, 1)
+    kernel = a.view(len(a), *place.weight.shape[1:])
+    z = scale * convolve(grouped, kernel, None, place.stride, padding, place.dilation)
+    z = z.unflatten(0, (len(x), place.groups)).flatten(1, 2)  # (batch, groups rank, ...)
+    ones = [1] * space
+    y = convolve(z, b.view(*b.shape, *ones), None if bias is None else bias.to(x.dtype), groups=place.groups)
+    return y[0] if single else y
