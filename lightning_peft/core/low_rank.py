@@ -80,7 +80,7 @@ class LowRank(Adapter):
         if self.c is not None:
             if bias is None:
                 raise NotMergeableError(
-                    "A trained bias on a projection without one cannot be merged (lora_bias=True); leave it attached."
+                    "A bias of its own (lora_bias=True) at a module without a bias cannot be merged; leave it attached."
                 )
             bias = bias + self.scale * self.c.to(bias)
         return weight + self.delta(weight), bias
