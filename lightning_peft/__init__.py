@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 # name -> defining module; loaded when it is first asked for, so that the import itself stays cheap
 _PUBLIC = {
     "LoRA": "lightning_peft.methods.lora",
+    "PiSSA": "lightning_peft.methods.pissa",
+    "OLoRA": "lightning_peft.methods.olora",
+    "LoftQ": "lightning_peft.methods.loftq",
     "BitFit": "lightning_peft.methods.bitfit",
     "LNTuning": "lightning_peft.methods.ln_tuning",
     "Houlsby": "lightning_peft.methods.houlsby",

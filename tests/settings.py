@@ -24,17 +24,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ia3": {},
     "linear_probe": {},
     "ln_tuning": {},
+    "loftq": {"rank": 3, "targets": "q,v", "iterations": 2},
     "lora": {"rank": 3, "targets": "q,k,v,down"},
     "loreft": {"rank": 3, "first": 2, "last": 2},
     "mam": {"length": 3, "bottleneck": 6},
+    "olora": {"rank": 3, "targets": "q,down"},
     "parallel": {"bottleneck": 6},
+    "pissa": {"rank": 3, "targets": "q,v,down"},
     "prefix_tuning": {"length": 3},
     "prompt_tuning": {"length": 3},
 }
 
 # what a model needs beside them: no table knows the names of the plain module
 MLP_TARGETS: dict[str, dict[str, Any]] = {
+    "loftq": {"targets": "mlp,lora"},
     "lora": {"targets": "mlp,lora"},
+    "olora": {"targets": "mlp,lora"},
+    "pissa": {"targets": "mlp,lora"},
     "houlsby": {"targets": "mlp,lora"},
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
 }
@@ -52,6 +58,11 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
 # BitFit makes biases where there are none, and such a projection has no place to fold one into
 UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {("bitfit", m): NotMergeableError for m in ("llama", "t5", "mlp")}
 
+# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
+COLLAPSED = {"loftq", "loreft", "olora", "pissa"}
+# which change what is quantised when the base is quantised around them
+COMPENSATING = {"loftq", "olora", "pissa"}
+
 # what the quick run covers: each method on the models that are hardest for it
 QUICK = {
     "bitfit": ("gpt2", "t5", "encoder"),
@@ -60,10 +71,13 @@ QUICK = {
     "ia3": ("gpt2", "llama", "mlp"),
     "linear_probe": ("vit", "mlp"),
     "ln_tuning": ("llama", "vit"),
+    "loftq": ("gpt2", "mlp"),
     "lora": ("gpt2", "llama", "encoder"),
     "loreft": ("bert", "t5"),
     "mam": ("t5", "vit"),
+    "olora": ("gpt2", "t5"),
     "parallel": ("llama", "bert"),
+    "pissa": ("gpt2", "encoder"),
     "prefix_tuning": ("gpt2", "encoder"),
     "prompt_tuning": ("bert", "vit", "encoder"),
 }

@@ -42,6 +42,7 @@ class Adapter(nn.Module):
 
     additive = False  # y = base(x) + something that does not look at base(x): merging in any order is exact
     follows_dtype = False  # dtype="base": cast with the model
+    absorbed = False  # the base's codes were made for it (`compensate`), and are not the base's without it
     cell: Cell
     place: nn.Module  # what it is attached to; there while it is attached, and no child
 

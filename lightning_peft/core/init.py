@@ -10,6 +10,31 @@ import torch
 from torch import Tensor, nn
 
 
+def leading(
+    matrix: Tensor, rank: int, iterations: int | None = None, draw: Draw | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, rank), S (rank,), V^T (rank, n) of the largest singular values; the largest entry of each u is positive.
+
+    iterations: of a randomised range finder (Halko, Martinsson & Tropp 2011, algorithm 4.4) with 10 directions more;
+    None decomposes the matrix as a whole.
+    """
+    if iterations is None:
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        width = min(rank + 10, *matrix.shape)
+        start = torch.empty(matrix.shape[1], width)
+        (draw or Draw(0, "leading")).normal(start, 1.0)
+        q = torch.linalg.qr(matrix @ start.to(matrix)).Q
+        for _ in range(iterations):
+            q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ q).Q).Q
+        u, s, vt = torch.linalg.svd(q.T @ matrix, full_matrices=False)
+        u = q @ u
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()[0]
+    sign = torch.where(sign == 0, 1, sign)
+    return u * sign, s, vt * sign[:, None]
+
+
 class Draw:
     """Fills parameters from a CPU generator seeded by (seed, name); the global generators are never touched."""
 

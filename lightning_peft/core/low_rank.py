@@ -39,15 +39,14 @@ class LowRank(Adapter):
         self.b = nn.Parameter(torch.empty(shape.d_out, rank))
 
     def reset(self, draw: Draw) -> None:
-        # of an embedding each row of A is one token's: they start at zero, as in the LoRA paper's code
-        random, zero = (self.b, self.a) if self.shape.kind == "embedding" else (self.a, self.b)
-        if self.shape.kind == "embedding":
-            draw.normal(random, std=1.0)
-        elif self.init == "kaiming":
-            draw.kaiming_uniform(random)
+        if self.shape.kind == "embedding":  # each column of A is one token's: it starts at zero, as in the paper's code
+            draw.normal(self.b, std=1.0)
+            draw.zeros(self.a)
+        elif self.init == "orthogonal":
+            orthogonal_(self.a, self.b, draw)
         else:
-            draw.normal(random, std=1 / len(random))
-        draw.zeros(zero)
+            draw.kaiming_uniform(self.a) if self.init == "kaiming" else draw.normal(self.a, std=1 / len(self.a))
+            draw.zeros(self.b)
         if self.c is not None:
             draw.zeros(self.c)
 
@@ -84,6 +83,18 @@ class LowRank(Adapter):
                 )
             bias = bias + self.scale * self.c.to(bias)
         return weight + self.delta(weight), bias
+
+
+@torch.no_grad()
+def orthogonal_(a: Tensor, b: Tensor, draw: Draw) -> None:
+    """B A = 0 with both random: A^T = G Q1 / 10, B = H Q2 / 10; G, H of N(0, 1), Q1, Q2 alternate rows of a rotation"""
+    rank = len(a)
+    rotation, g, h = torch.empty(rank, rank), torch.empty(a.shape[1], rank // 2), torch.empty(len(b), rank // 2)
+    draw.orthonormal_rows(rotation)
+    draw.normal(g, 1.0)
+    draw.normal(h, 1.0)
+    a.copy_((g @ rotation[0::2]).T / 10)
+    b.copy_(h @ rotation[1::2] / 10)
 
 
 def embedded(

@@ -518,6 +518,7 @@ def freeze(model: nn.Module) -> None:
 # ------------------------------------------------------------------ operations on a label
 def remove(model: nn.Module, label: str | None = None) -> nn.Module:
     applied = state.get_applied(model, label)
+    check_not_absorbed(applied, "removed")
     lost = [s.attribute for s in applied.selected if s.original is None or s.original.is_meta]
     if lost:
         raise LabelError(
@@ -593,10 +594,20 @@ class enabled(contextlib.AbstractContextManager[None]):  # noqa: N801
         switch(self.model, self.applied, self.before)
 
 
+def check_not_absorbed(applied: Applied, what: str) -> None:
+    """Raise where the base was quantised around the adapters: without them it is not the base."""
+    if count := sum(x.adapter.absorbed for x in applied.placements):
+        raise LabelError(
+            f"{applied.label!r} cannot be {what}: {count} weights were quantised around it, as what it starts with was "
+            "taken from them. Load the base again, or merge it into floats (merge or unload with into='float32')."
+        )
+
+
 @torch.no_grad()
 def switch(model: nn.Module, applied: Applied, on: bool) -> None:
     if on == applied.cell.enabled:
         return
+    check_not_absorbed(applied, "switched off")
     if any(s.original is None for s in applied.selected):
         raise LabelError(
             f"{applied.label!r} trains in place and kept no originals (keep_base=False), so it cannot be switched."

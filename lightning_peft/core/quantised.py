@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.adapter import Adapter, Host
 from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.codes import (
     BLOCKWISE,
@@ -277,10 +278,25 @@ def quantise_module(
 
 def compensated(module: nn.Module, weight: Tensor, q: Quantisation) -> Tensor:
     """What to quantise in place of the weight, by the word of the adapters on the module (`Adapter.compensate`)."""
-    container = module._modules.get("adapters")
-    for adapter in container.children() if container is not None and not weight.is_meta else ():
-        weight = adapter.compensate(weight, lambda w: decode(encode(w, q), (w.shape[0], w.shape[1]), q))  # type: ignore[operator]
+    if weight.is_meta:
+        return weight
+
+    def rounded(w: Tensor) -> Tensor:
+        return decode(encode(w, q), (w.shape[0], w.shape[1]), q)
+
+    for adapter in adapters_of(module):
+        weight = adapter.compensate(weight, rounded)
+    for host in (child for child in module.children() if isinstance(child, Host)):
+        for adapter in adapters_of(host):
+            columns: Any = host.columns
+            weight = columns.put(weight, adapter.compensate(columns.take(weight, 0), rounded), 0)
     return weight
+
+
+def adapters_of(place: nn.Module) -> list[Adapter]:
+    """The adapters at a place, the innermost first."""
+    container = place._modules.get("adapters")
+    return [] if container is None else list(container.children())  # type: ignore[arg-type]
 
 
 def oriented(module: nn.Module, weight: Tensor) -> Tensor:

@@ -6,10 +6,13 @@ from lightning_peft.methods.houlsby import Houlsby
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.ln_tuning import LNTuning
+from lightning_peft.methods.loftq import LoftQ
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.mam import MAM
+from lightning_peft.methods.olora import OLoRA
 from lightning_peft.methods.parallel import ParallelAdapter
+from lightning_peft.methods.pissa import PiSSA
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 
@@ -22,6 +25,9 @@ __all__ = [
     "LNTuning",
     "LinearProbe",
     "LoRA",
+    "LoftQ",
+    "OLoRA",
+    "PiSSA",
     "LoReFT",
     "ParallelAdapter",
     "PrefixTuning",

@@ -17,14 +17,16 @@ from lightning_peft.core.fields import FieldError, not_negative, positive, proba
 from lightning_peft.core.low_rank import LowRank
 from lightning_peft.core.method import Scope
 from lightning_peft.core.sites import Site, Sites
-from lightning_peft.core.targets import matrix_shape, per_site
+from lightning_peft.core.targets import Shape, matrix_shape, per_site
 
 
 class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", mergeable=True):
     """y = W x + (alpha / rank) B A x
 
     A (rank, d_in) starts Kaiming-uniform or Gaussian (sigma = 1 / rank), B (d_out, rank) at zero: the base at step 0.
-    rank * (d_in + d_out) parameters a site. `dropout` acts on the adapter's input. Source: section 4.1.
+    init="orthogonal" starts both at random with B A = 0; its rank is even. An embedding starts with A at zero and B
+    Gaussian; a convolution has A as a kernel of its size and B as one of size 1. rank * (d_in + d_out) parameters a
+    site. `dropout` acts on the adapter's input. Source: section 4.1.
 
     rslora: scale alpha / sqrt(rank) instead (2312.03732, theorem 3.2). lora_bias: a trained vector beside B.
     bias: which biases of the base train as well: "none", "all", or those of the "adapted" modules.
@@ -35,7 +37,7 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     rslora: bool = False
     lora_bias: bool = False
     bias: Literal["none", "all", "adapted"] = "none"
@@ -50,6 +52,8 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
             raise FieldError(f"LoRA(ranks={bad!r}): expected ranks above 0. To leave sites out, use exclude=...")
         if bad_alphas := {pattern: a for pattern, a in self.alphas.items() if not 0 <= a < math.inf}:
             raise FieldError(f"LoRA(alphas={bad_alphas!r}): expected numbers of 0 or more.")
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.ranks.values())):
+            raise FieldError(f"LoRA(init='orthogonal', rank={self.rank}, ranks={self.ranks}): the ranks must be even.")
 
     @property
     def scope(self) -> Scope:
@@ -58,11 +62,32 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    def product(self, shape: Shape, rank: int, scale: float) -> LowRank:
+        """The adapter of one site."""
+        return LowRank(shape, rank, scale, self.dropout, self.lora_bias, self.init)
+
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         ranks, alphas = per_site(sites, self.ranks, self.rank), per_site(sites, self.alphas, self.alpha)
         for site, rank, alpha in zip(sites, ranks, alphas, strict=True):
-            shape = matrix_shape(site, type(self).__name__)
-            yield site, LowRank(shape, rank, self.scale(rank, alpha), self.dropout, self.lora_bias, self.init)
+            yield site, self.product(matrix_shape(site, type(self).__name__), rank, self.scale(rank, alpha))
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:
         return name.rpartition(".")[2].endswith("bias")
+
+
+class StartedLoRA(LoRA):
+    """LoRA whose product starts elsewhere than at zero (`core.started.Started`); files hold plain LoRA."""
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "alpha")
+        if bad := {pattern: a for pattern, a in self.alphas.items() if a <= 0}:
+            raise FieldError(f"{type(self).__name__}(alphas={bad!r}): expected numbers above 0.")
+
+    def portable(self) -> LoRA:
+        """Plain LoRA of twice the rank and the same scale."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA) if f.name != "init"}
+        more = math.sqrt(2) if self.rslora else 2
+        own |= {"rank": 2 * self.rank, "ranks": {k: 2 * r for k, r in self.ranks.items()}}
+        own |= {"alpha": more * self.alpha, "alphas": {k: more * a for k, a in self.alphas.items()}}
+        return LoRA(**own)
