@@ -25,7 +25,10 @@ from lightning_peft.core.init import Draw, leading
 from lightning_peft.core.sites import TargetError
 from lightning_peft.core.started import Started
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
 STARTED = {"pissa": PiSSA, "olora": OLoRA}
 
 
