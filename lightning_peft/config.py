@@ -145,7 +145,9 @@ def one_line(text: str) -> str:
 
 def first_lines(*errors: BaseException) -> str:
     """The first line of each error, each once, without Hydra's and OmegaConf's notes on where it was."""
-    lines = [str(error).strip().partition("\n")[0].rstrip(".") for error in errors]
+    texts = [str(error).strip().splitlines() or [""] for error in errors]
+    texts = [text[: 2 if text[0].endswith("composing config:") else 1] for text in texts]  # the second says what it was
+    lines = [" ".join(text).rstrip(".") for text in texts]
     return " ".join(f"{line}." for line in dict.fromkeys(filter(None, lines)))
 
 

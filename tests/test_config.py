@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -101,6 +102,7 @@ ERRORS = {
     "peft.rank": "'peft.rank' is no override",
     "peft.targets=q,v": r"peft.targets.*list.*\[q,v\].*--multirun",
     "~nope": "nope",
+    "experiment=prompt_tuning peft=ia3": "In 'experiment/prompt_tuning'.*Key 'length' not in 'IA3'",
 }
 
 
@@ -109,7 +111,7 @@ def test_what_is_wrong_shows_at_composition_with_the_choices(override, tmp_path,
     (tmp_path / "broken_on_import.py").write_text("raise RuntimeError('no way')\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=ERRORS[override]) as error:
-        composed(override)
+        composed(*override.split())
     assert "\n" not in str(error.value)
 
 
@@ -125,6 +127,15 @@ def test_a_second_method_is_a_callback():
     assert (
         build(composed("experiment=two_methods").callbacks.second).config() == REGISTRY["parallel"](**fields).config()
     )
+
+
+def test_qlora_is_for_any_method():
+    qlora = partial(composed, "experiment=qlora", "data.path=pairs.jsonl")
+    method = build(qlora().peft).config()
+    assert [method[key] for key in ("targets", "rank", "alpha", "dropout")] == ["all-linear", 64, 16.0, 0.1]
+    assert qlora("peft.rank=16").peft.rank == 16
+    for name in sorted(REGISTRY):
+        assert build(qlora(f"peft={name}").peft).config() == REGISTRY[name]().config()
 
 
 def test_a_run_without_a_method():

@@ -414,6 +414,24 @@ def test_the_stand_ins_are_for_tensors_without_memory_only() -> None:
     assert shadow.attention(x, x, x, None, 0.0, False).shape == x.shape
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulated_gradients_are_there_in_the_backward_pass(checkpointing: bool) -> None:
+    net, method = (
+        tiny(vocab_size=2048),
+        LoRA(targets="all-linear", rank=64),
+    )  # logits: the peak is where backward begins
+    make = partial(plan, net, method, batch=text_batch(2, 64), device="cpu")
+    one, two, three = (make(checkpointing=checkpointing, accumulate=count) for count in (1, 2, 3))
+    assert (one.phase, one.peak.get(GRADIENTS, 0) < one.gradients) == ("in the backward pass", True)
+    assert two == three
+    assert two.peak[GRADIENTS] == two.gradients == one.gradients
+    assert one.total < two.total <= one.total + one.gradients
+    assert (two.activations, two.optimizer_state) == (one.activations, one.optimizer_state)
+    away = [make(accumulate=count, offload="optimizer") for count in (1, 2)]
+    assert away[0].host == away[1].host
+    assert away[1].total <= away[0].total  # what is new is not counted twice
+
+
 def test_offload() -> None:
     of = partial(plan, tiny(), batch=text_batch(2, 16))
     plain, optimizer = of(FullFineTuning(keep_base=False)), of(FullFineTuning(keep_base=False), offload="optimizer")
@@ -622,6 +640,8 @@ def test_fit() -> None:
 def test_what_is_searched() -> None:
     assert search.known(tiny()) == search.PRECISIONS
     assert search.known(tiny().to(torch.bfloat16)) == ("bf16-true", "nf4")
+    own = NF4Precision(blocksize=128)
+    assert search.known(tiny(), own) == ["32-true", "bf16-mixed", "bf16-true", own]
     assert search.ranks_of(LoRA(rank=4), None) == [4, 8, 64]
     assert search.ranks_of([IA3()], None) == [None]
     assert search.with_rank([IA3(), LoRA()], 3)[1].rank == 3  # type: ignore[index]
@@ -675,6 +695,36 @@ def test_other_runs(words: list[str], expected: str, here: Path, capsys: pytest.
     assert expected in capsys.readouterr().out
 
 
+def test_the_command_knows_accumulation(here: Path) -> None:
+    for count in (1, 4):
+        words = [
+            "peft=lora",
+            "+model.vocab_size=2048",
+            f"trainer.accumulate_grad_batches={count}",
+            "--json",
+            f"{count}.json",
+        ]
+        assert cli.main([*LANGUAGE, *words]) == 0
+    found = [json.loads((here / f"{count}.json").read_text())["plan"] for count in (1, 4)]
+    assert found[0]["total"] < found[1]["total"] <= found[0]["total"] + found[0]["gradients"]
+
+
+def test_the_command_searches_with_the_users_own_settings(here: Path) -> None:
+    own = ["precision=int8", "precision.rest_dtype=bfloat16", "gradient_checkpointing={every: 2}"]
+    assert cli.main([*LANGUAGE, "peft=ia3", *own, "--fit", "610MB", "--json", "a.json"]) == 0
+    found = [c for c in json.loads((here / "a.json").read_text())["choices"] if c["precision"] == "int8"]
+    assert [c["checkpointing"] for c in found] == [True, False]
+    net, plugin = CausalLM(tiny_llama()), NF4Precision(mode="int8", rest_dtype="bfloat16")
+    made = plan(
+        net,
+        IA3(),
+        batch=text_batch(found[0]["batch_size"], 32),
+        precision=plugin,
+        checkpointing=GradientCheckpointing(every=2),
+    )
+    assert made.total == found[0]["plan"]["total"]
+
+
 def test_a_model_by_its_config_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     widths = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
     hf.LlamaConfig(**widths, vocab_size=64000, dtype="bfloat16").save_pretrained(here / "folder")
@@ -713,6 +763,9 @@ def test_the_command_searches_and_draws(
         (["model=tiny_bert", "data.max_length=600"], "knows 512 positions"),
         (["model=tiny_bert", "data.max_length=0"], "data.max_length=0"),
         (["model=tiny_bert", "data.batch_size=0"], "data.batch_size=0"),
+        (["trainer.accumulate_grad_batches=0"], "accumulate=0 is not a number of batches"),
+        (["--json", "nowhere/a.json"], "there is no folder nowhere"),
+        (["--plot", "nowhere/a.png"], "there is no folder nowhere"),
         (["model=hf", "model.name=.", "data=csv"], "Unrecognized model in ."),
     ],
 )
@@ -820,6 +873,13 @@ def test_precisions_of_a_trainer(how: dict[str, Any], tmp_path: Path) -> None:
     assert watch.plan is not None
     assert watch.plan.checkpointing
     assert watch.plan.precision == how.get("precision", "nf4")
+
+
+def test_the_log_knows_accumulation(tmp_path: Path) -> None:
+    watch = MemoryLog()
+    trainer(tmp_path, LoRA(), watch, accumulate_grad_batches=2).fit(Lines(), loader(24, 24, 24, 24))
+    like = {name: torch.empty(2, 24, dtype=torch.long) for name in ("input_ids", "labels")}
+    assert watch.plan == plan(Lines(), LoRA(), batch=like, device="cpu", precision="32-true", accumulate=2)
 
 
 def test_a_short_run_and_a_given_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

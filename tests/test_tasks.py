@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torchmetrics.text import Perplexity as TorchmetricsPerplexity
 
-from lightning_peft import tasks
+from lightning_peft import LoRA, tasks
 from lightning_peft.tasks import extras, hub, tables
 from lightning_peft.tasks.batches import Collate, LengthBuckets, Shuffle, training_loader
 from lightning_peft.tasks.causal_lm import Perplexity, shift
@@ -241,6 +241,25 @@ def test_resume_in_mid_epoch_is_equal_to_no_interruption(texts, tmp_path):
     straight, batches = run("straight")
     resumed, after = run("resumed", tmp_path / "straight" / "step=8.ckpt")  # six batches are an epoch
     assert after == batches[8:]
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("buckets", [False, True])
+def test_resume_in_mid_epoch_draws_the_same_dropout(buckets, tmp_path):
+    rows = [{"input_ids": [5 + i, 6, 7, 8][: 2 + i % 3], "labels": [5 + i, 6, 7, 8][: 2 + i % 3]} for i in range(24)]
+
+    def run(name, path=None):
+        L.seed_everything(0, verbose=False)
+        module = tasks.CausalLM(tasks.tiny_llama(), scheduler=tasks.constant)
+        save = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=8, save_top_k=-1)
+        method = LoRA(rank=2, dropout=0.5)
+        fit = trainer(max_steps=11, max_epochs=-1, callbacks=[method, save], enable_checkpointing=True)
+        train, val = (training_loader(rows, Collate(0), 4, 0, buckets) for _ in range(2))
+        fit.fit(module, train, val, ckpt_path=path)
+        return module
+
+    straight, resumed = run("straight"), run("resumed", tmp_path / "straight" / "step=8.ckpt")  # epochs of six batches
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 

@@ -24,7 +24,7 @@ from lightning_peft.planning.picture import draw
 from lightning_peft.planning.planner import image_batch, plan, text_batch
 from lightning_peft.planning.precision import QUANTISED, arithmetic
 from lightning_peft.planning.report import Plan
-from lightning_peft.planning.search import fit, text
+from lightning_peft.planning.search import fit, known, text
 from lightning_peft.planning.sizes import PlanError, parse, show
 from lightning_peft.train import build_task
 
@@ -46,6 +46,9 @@ def run(given: argparse.Namespace) -> None:
         raise PlanError("A plan is of one run: leave --multirun out, and ask once for each value.")
     if given.fit:
         parse(given.fit)
+    for file in filter(None, (given.plot, given.json)):
+        if not file.parent.is_dir():  # not after minutes of searching
+            raise PlanError(f"{file}: there is no folder {file.parent}.")
     config = configuration(given.overrides, given.config_dir or given.config_path, given.config_name)
     if given.cfg:
         print(OmegaConf.to_yaml(config[given.package] if given.package else config))
@@ -64,7 +67,10 @@ def run(given: argparse.Namespace) -> None:
 
 def choices(subject: dict[str, Any], settings: dict[str, Any], size: str) -> list[dict[str, Any]]:
     """Search, and print what fits."""
-    rest = {name: settings[name] for name in ("optimizer", "device", "offload")}
+    rest = {name: settings[name] for name in ("optimizer", "device", "offload", "accumulate")}
+    own = settings["precision"]  # a plugin has settings of its own
+    rest |= {"precisions": known(subject["module"], None if isinstance(own, str) or own is None else own)}
+    rest |= {"checkpointing": (False, settings["checkpointing"] or True)}
     found = fit(**subject, size=size, say=lambda line: print(f"  {line}", file=sys.stderr, flush=True), **rest)
     if not found:
         raise PlanError(
@@ -115,6 +121,8 @@ def subjects(config: DictConfig, given: argparse.Namespace) -> tuple[dict[str, A
     accelerator = "cpu" if config.trainer.get("accelerator") == "cpu" else "cuda"
     settings = {"precision": precision(config), "optimizer": task.make_optimizer, "checkpointing": recompute}
     settings |= {"offload": given.offload, "device": given.device or accelerator}
+    batches = config.trainer.get("accumulate_grad_batches")
+    settings |= {"accumulate": 1 if batches is None else batches}
     return {"module": task, "method": methods, "batch": batch(config, task)}, settings
 
 

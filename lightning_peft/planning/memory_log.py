@@ -98,6 +98,7 @@ def planned(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> P
         if len(trainer.optimizers) != 1:
             raise PlanError(f"It has {len(trainer.optimizers)} optimizers; a plan is of one.")
         how = {"precision": trainer.precision_plugin, "optimizer": trainer.optimizers[0]}
+        how["accumulate"] = trainer.accumulate_grad_batches
         return plan(pl_module, batch=batch, device=device, **how)  # type: ignore[arg-type]
     except PlanError as error:
         log.warning("No plan of this run's memory: %s", error)

@@ -46,6 +46,7 @@ def plan(
     offload: Offload | None = None,
     device: Device = "cuda",
     loss: Loss | None = None,
+    accumulate: int = 1,
 ) -> Plan:
     """Bytes that training `module` with `method` takes on one device; neither is changed, and no memory is taken
 
@@ -57,13 +58,16 @@ def plan(
     checkpointing: whether blocks are computed again in backward, or how.
     offload: "optimizer": its state, gradients and step on the host; "weights": frozen ones on the host, one block at a
     time on the device, which is the least there can be (others keep more there to be faster).
-    device: "cpu" counts what torch's CPU operators take; "cuda" its fused ones. Errors: PlanError.
+    device: "cpu" counts what torch's CPU operators take; "cuda" its fused ones. accumulate: batches an optimizer step
+    (`accumulate_grad_batches`); from 2 on backward finds gradients that are there already. Errors: PlanError.
     """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise PlanError(f"accumulate={accumulate!r} is not a number of batches: give 1 or more.")
     if device not in DEVICES or offload not in OFFLOADS:
         raise PlanError(f"device={device!r}, offload={offload!r}. Known devices: {DEVICES}; offloads: {OFFLOADS}.")
     how = arithmetic(precision)
     model = prepared(module, method, how, checkpointing)
-    setting = Setting(how, optimizer, device, loss)
+    setting = Setting(how, optimizer, device, loss, accumulate > 1)
     step = taken(model, batch, setting)
     return summary(model, step, setting, offload, batch)
 

@@ -14,7 +14,9 @@ from torch import nn
 from lightning_peft.core.method import Method
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.sites import TargetError
+from lightning_peft.gradient_checkpointing import GradientCheckpointing
 from lightning_peft.planning.planner import Methods, plan
+from lightning_peft.planning.precision import arithmetic
 from lightning_peft.planning.report import Plan
 from lightning_peft.planning.shadow import resized
 from lightning_peft.planning.sizes import PlanError, need, parse, show
@@ -51,7 +53,7 @@ def fit(
     batch: Any,
     precisions: Sequence[Any] | None = None,
     ranks: Sequence[int] | None = None,
-    checkpointing: Sequence[bool] = (False, True),
+    checkpointing: Sequence[bool | GradientCheckpointing] = (False, True),
     say: Callable[[str], object] = lambda line: None,
     **options: Any,
 ) -> list[Choice]:
@@ -71,7 +73,7 @@ def fit(
             kind = {"precision": how[1], "checkpointing": how[2], **options}
             return plan(module, how[0], batch=resized(batch, count), **kind)
 
-        name = f"{precision}, rank {rank}, {'with' if recompute else 'without'} checkpointing"
+        name = f"{arithmetic(precision).name}, rank {rank}, {'with' if recompute else 'without'} checkpointing"
         try:
             best = largest(measure, limit)
         except (QuantisationError, TargetError) as error:  # nothing to quantise, no blocks
@@ -79,7 +81,7 @@ def fit(
             continue
         say(f"{name}: {'nothing fits' if best is None else f'batch {best[0]}, {show(best[1].total)}'}")
         if best is not None:
-            found.append(Choice(best[0], recompute, best[1].precision, rank, best[1]))
+            found.append(Choice(best[0], bool(recompute), best[1].precision, rank, best[1]))
     return sorted(found, key=lambda c: (-c.batch_size, c.checkpointing, c.plan.total))
 
 
@@ -119,10 +121,14 @@ def meets(plans: dict[int, Plan], one: int, other: int, limit: int) -> int:
     return MOST if high <= low else one + (limit - low) * (other - one) // (high - low)
 
 
-def known(module: nn.Module) -> Sequence[str]:
-    """Precisions that differ: a model that is in 16 bits already has only those left, and 4."""
+def known(module: nn.Module, own: Any = None) -> Sequence[Any]:
+    """Precisions that differ: a model that is in 16 bits already has only those left, and 4.
+
+    own: a plugin that quantises, which stands for its mode.
+    """
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
-    return PRECISIONS if torch.float32 in dtypes else PRECISIONS[2:]
+    names = PRECISIONS if torch.float32 in dtypes else PRECISIONS[2:]
+    return names if own is None else [*(name for name in names if name != arithmetic(own).name), own]
 
 
 def methods_of(method: Methods) -> Iterator[Method]:

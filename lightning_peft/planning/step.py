@@ -47,6 +47,7 @@ class Setting:
     optimizer: Any
     device: str
     loss: Loss | None = None
+    accumulates: bool = False
 
 
 class Step:
@@ -81,6 +82,9 @@ class Step:
         self.tracker.watch_gradients(trained)
         self.optimizer = optimizer = optimizers.make(self.setting.optimizer, trained, self.setting.device)
         with self.tracker:
+            if self.setting.accumulates:
+                self.forward().backward()
+                self.marks = [self.tracker.tick()]
             loss = self.forward()
             self.mark()
             self.saved = self.tracker.alive()
@@ -123,16 +127,19 @@ class Step:
     def phases(self, offload: str | None = None) -> dict[str, dict[str, int]]:
         """The most that lived on the device in each phase, by label.
 
-        In a forward pass the gradients and the state of the step before are still there.
+        In a forward pass the gradients and the state of the step before are still there; in a backward pass those
+        of the batches before, where they accumulate.
         """
         start, forward, backward, first, second = self.marks
         moments = {FORWARD: (start, forward), BACKWARD: (forward, backward), UPDATE: (first, second)}
         found = {phase: self.moment(*times, offload) for phase, times in moments.items()}
         if offload == "optimizer":  # gradients leave for the host one by one, which then takes the step
-            largest = max((r.bytes for r in self.tracker.records if r.label == GRADIENTS), default=0)
+            sizes = [r.bytes for r in self.tracker.records if r.label == GRADIENTS]
+            largest = 0 if self.setting.accumulates else max(sizes, default=0)  # else counted as what is added to it
             return {FORWARD: found[FORWARD], BACKWARD: added(found[BACKWARD], {GRADIENTS: largest})}
         before = {OPTIMIZER: self.size(OPTIMIZER)}
-        found[FORWARD] = added(found[FORWARD], before, {GRADIENTS: self.size(GRADIENTS)})
+        known = {} if self.setting.accumulates else {GRADIENTS: self.size(GRADIENTS)}
+        found[FORWARD] = added(found[FORWARD], before, known)
         found[BACKWARD] = added(found[BACKWARD], before)
         if offload == "weights":
             found = {phase: added(lived, self.working_set()) for phase, lived in found.items()}

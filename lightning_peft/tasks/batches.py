@@ -130,7 +130,11 @@ class ResumableLoader(DataLoader[Any]):
         # a generator: the epoch is read at the first batch, when Lightning has set it
         state, self.interrupted = self.interrupted, None
         self.given = state["batches"] if state and state["epoch"] == self.epoch else 0
-        for batch in islice(super().__iter__(), self.given, None):
+        drawn = torch.get_rng_state()
+        batches = super().__iter__()  # draws a number for its workers from the global generator
+        if self.given:  # which the interrupted run did at the start of the epoch
+            torch.set_rng_state(drawn)
+        for batch in islice(batches, self.given, None):
             self.given += 1
             yield batch
 
