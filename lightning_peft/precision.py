@@ -14,6 +14,7 @@ import contextlib
 import gc
 import logging
 import re
+import weakref
 from collections import Counter
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,14 @@ Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Backend = Literal["auto", "torch", "bitsandbytes"]
 ROUTERS = re.compile(r"(?:.*\.)?(?:\w*router\w*(?:\..*)?|gate|wg|shared_expert_gate|gating)")
 """Names of what chooses between experts; a gated feed-forward layer's `gate_proj` is none."""
+
+
+UNDER_OPTIMIZER = (
+    "An optimizer is at work on this model already; it would go on with the old weights. Quantise before the optimizer "
+    "is built: Trainer(plugins=[NF4Precision(...)]) and an optimizer made in configure_optimizers, or quantise(model) "
+    "right after it is loaded. After a training that is over: model.zero_grad(), and let go of its optimizer and "
+    "Trainer first."
+)
 
 
 @dataclass(frozen=True)
@@ -284,12 +293,7 @@ def check_untrained(model: nn.Module) -> None:
     trainer = getattr(model, "_trainer", None)
     busy = any(p.grad is not None for p in weights.values()) or (trainer is not None and trainer.optimizers)
     if busy or held_by_optimizer(weights):
-        raise QuantisationError(
-            "An optimizer is at work on this model already; it would go on with the old weights. Quantise before the "
-            "optimizer is built: Trainer(plugins=[NF4Precision(...)]), or quantise(model) right after it is "
-            "loaded. After "
-            "a training that is over: model.zero_grad(), and let go of its optimizer and Trainer first."
-        )
+        raise QuantisationError(UNDER_OPTIMIZER)
 
 
 def held_by_optimizer(weights: dict[int, nn.Parameter]) -> bool:
@@ -343,12 +347,14 @@ class QuantisedBase:
     rest_dtype: Dtype | None
     scaling: MixedPrecision | None
     mixed: torch.dtype | None  # of autocast
+    replaced: list[Any]  # weak references to the weights that are in codes now, while a run is set up
 
     def configure(self, settings: Quantisation, targets: Any, skip: Any, rest_dtype: Dtype | None) -> None:
         self.settings, self.targets, self.skip, self.rest_dtype = settings, targets, skip, rest_dtype
         rest = None if rest_dtype is None else getattr(torch, rest_dtype)
         halves = [dtype for dtype in (settings.compute_dtype, rest) if dtype in (torch.bfloat16, torch.float16)]
         self.scaling, self.mixed = None, halves[0] if halves else None
+        self.replaced = []
 
     def prepare_base(self, module: nn.Module, device: torch.device | None = None) -> None:
         """Quantise what is not; called when the module is built and has its adapters, and again by the strategy."""
@@ -357,9 +363,12 @@ class QuantisedBase:
             return  # quantised by another library; accepted as it is
         known = [m for m in state.base_modules(module) if isinstance(m, Quantised)]
         if not known:
+            self.replaced = [weakref.ref(p) for p in module.parameters()]
             with keeping_applied(module):
                 check_before(module)
                 rank_zero_info(str(_quantise(module, self.settings, self.targets, self.skip, device)))
+            now = {id(p) for p in module.parameters()}
+            self.replaced = [r for r in self.replaced if (p := r()) is not None and id(p) not in now]
         elif other := next((m for m in known if not m.quantisation.same_weights(self.settings)), None):
             raise QuantisationError(
                 f"This {type(module).__name__} is quantised already, as {other.quantisation.describe()}; this plugin "
@@ -401,6 +410,25 @@ class QuantisedBase:
             )
         self.prepare_base(module)
         return module
+
+    def connect(self, model: nn.Module, optimizers: list[Any], lr_schedulers: list[Any]) -> Any:
+        """Raise on optimizers with weights that are in codes by now, or whose gradients cannot be unscaled."""
+        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        old, self.replaced = {id(p) for r in self.replaced if (p := r()) is not None}, []
+        if any(id(p) in old for p in held):
+            raise QuantisationError(UNDER_OPTIMIZER)
+        halves = sum(p.requires_grad and p.dtype == torch.float16 for p in held)
+        if halves and self.scaling is not None:
+            raise QuantisationError(
+                f"{halves} parameters train in float16, where a scaled loss has no exact gradients (a head of a base "
+                "that was loaded in float16, most often). Load the base in float32 or bfloat16 (rest_dtype='float16' "
+                "casts what is frozen), or cast what trains: module.classifier.float()."
+            )
+        return model, optimizers, lr_schedulers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Settings only: what belongs to a run stays with it."""
+        return {**vars(self), "replaced": []}
 
     @contextlib.contextmanager
     def forward_context(self) -> Generator[None, None, None]:

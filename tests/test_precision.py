@@ -866,6 +866,26 @@ def test_quantising_under_an_optimizer_is_an_error(tmp_path: Path) -> None:
         plain_fit(tmp_path, Late(), lora())
 
 
+@pytest.mark.parametrize("callbacks", [[], [LinearProbe(heads="classifier")]], ids=["plugin alone", "probe"])
+def test_an_optimizer_from_before_the_plugin_quantised_is_an_error(callbacks: list[Any], tmp_path: Path) -> None:
+    class Early(boring.Boring):
+        def configure_optimizers(self) -> Any:
+            return self.early[0]
+
+    module = Early()
+    module.early = [torch.optim.SGD(module.parameters(), 1e-3)]  # keeps the weights in floats
+    with pytest.raises(QuantisationError, match="before the optimizer is built"):
+        plain_fit(tmp_path, module, *callbacks, plugins=[plugin()])
+
+
+def test_what_trains_in_float16_is_an_error_in_words(tmp_path: Path) -> None:
+    with pytest.raises(QuantisationError, match=r"2 parameters train in float16.*classifier.float"):
+        fit(tmp_path, boring.Boring().half(), lora(), nf4=plugin(compute_dtype="float16"))
+    module = boring.Boring().half()
+    module.net.classifier.float()
+    fit(tmp_path, module, lora(), nf4=plugin(compute_dtype="float16"))
+
+
 def test_an_average_of_the_whole_model_is_refused(tmp_path: Path) -> None:
     average = pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
     with pytest.raises(RuntimeError, match="does not work beside a PEFT method"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import io
@@ -729,6 +730,45 @@ def test_two_lora_on_one_projection_of_codes(monkeypatch: pytest.MonkeyPatch) ->
     merged = sum(a.delta(net.proj.weight) for a in net.proj.adapters._modules.values())
     near(net(x), F.linear(x.double(), (net.proj.weight + merged).double(), net.proj.bias.double()), 1e-6)
     assert sorted(calls) == [False, True]
+
+
+def test_lora_over_a_forward_of_another_library() -> None:
+    plain, net = with_lora(linear()), One(linear())
+    net.proj.forward = functools.partial(lambda module, x: F.linear(x, module.weight, module.bias), net.proj)
+    LoRA(targets="proj", rank=3, alpha=7, heads=None, dtype="base").apply(net)
+    perturb(net, adapters_only=True)
+    x = activations(2, 96)
+    near(net(x), plain(x).double(), 1e-6)
+
+
+def test_lora_over_codes_in_a_backward_under_autocast() -> None:
+    net, x = with_lora(linear()), activations(2, 96)
+    net(x).sum().backward()
+    expected, x.grad = x.grad.double(), None
+    y = net(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        y.backward()
+    near(x.grad, expected, 2 * ROUNDING[torch.bfloat16])
+
+
+@pytest.mark.parametrize(("frozen", "count"), [("", 4), ("a", 3), ("b", 3), ("ab", 2)])
+def test_lora_over_codes_keeps_what_its_gradients_need(frozen: str, count: int) -> None:
+    net, x, kept = with_lora(linear()), activations(2, 96), []
+    for name, p in net.named_parameters():
+        p.requires_grad_(".adapters." in name and name[-1] not in frozen)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        net(x)
+    assert len(kept) == count
+
+
+def test_lora_over_codes_compiles_with_dynamic_shapes() -> None:
+    net = zoo.build("llama").train()
+    quantise(net)
+    LoRA(targets="all-linear", rank=4).apply(net)
+    call = torch.compile(net, backend="aot_eager", dynamic=True)
+    for length in (5, 7):
+        x = torch.randint(3, zoo.VOCAB, (2, length))
+        near(call(input_ids=x).logits, net(input_ids=x).logits.double(), 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -158,7 +158,7 @@ class BlockProduct(torch.autograd.Function):
 class LowRankProduct(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T: what is of low rank is added in place to what W gives, forward and backward.
 
-    The second of what it returns, s x A^T, is for its own backward.
+    The second of what it returns, z = s x A^T, is for its own backward: x itself is kept only where A trains.
     """
 
     @staticmethod
@@ -185,25 +185,27 @@ class LowRankProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.blocks, ctx.backend, ctx.scale = packed_blocks(*inputs[5:]), inputs[-1], inputs[3]
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:3], output[1])
+        (x, a, b, ctx.scale), needs = inputs[:4], ctx.needs_input_grad
+        ctx.blocks, ctx.backend, ctx.leading = packed_blocks(*inputs[5:]), inputs[-1], x.shape[:-1]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, b, x if needs[1] else None, output[1] if needs[2] else None)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, a, b, z = ctx.saved_tensors
-        rows, up = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        if torch.is_grad_enabled():  # for a second derivative, where z is a function too
-            z = ctx.scale * F.linear(rows, a)
-        to_x = to_a = to_b = to_bias = None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        (a, b, x, z), needs = ctx.saved_tensors, ctx.needs_input_grad
+        up = b.new_zeros(ctx.leading.numel(), len(b)) if grads[0] is None else grads[0].reshape(-1, len(b))
         to_z = ctx.scale * (up @ b)
-        if ctx.needs_input_grad[0]:
-            to_x = (up @ kernels(ctx.backend).dequantise(ctx.blocks, up.dtype)).addmm_(to_z, a).view(x.shape)
-        if ctx.needs_input_grad[1]:
-            to_a = to_z.T @ rows
-        if ctx.needs_input_grad[2]:
+        if grads[1] is not None:  # only in a second derivative
+            to_z = to_z + ctx.scale * grads[1]
+        to_x = to_a = to_b = to_bias = None
+        if needs[0]:
+            to_x = up @ kernels(ctx.backend).dequantise(ctx.blocks, up.dtype)  # under autocast, of its dtype
+            to_x = to_x.addmm_(to_z, a.to(to_x.dtype)).view(*ctx.leading, a.shape[1])
+        if needs[1]:
+            to_a = to_z.T @ x.reshape(-1, a.shape[1])
+        if needs[2]:
             to_b = up.T @ z
-        if ctx.needs_input_grad[4]:
+        if needs[4]:
             to_bias = up.sum(0)
         return (to_x, to_a, to_b, None, to_bias, *[None] * 8)
 

@@ -214,9 +214,15 @@ def dtype_around(x: Tensor) -> tuple[torch.dtype, bool]:
 
 
 def takes_low_rank(base: Callable[..., Tensor], x: Tensor) -> bool:
-    """Whether `base` is the own forward of a quantised projection that can add a low-rank term, in the same dtype."""
-    owner = base.args[0] if isinstance(base, functools.partial) and base.args else None
-    if not isinstance(owner, Quantised) or owner.quantisation.mode == "int8":
+    """Whether `base` is the own forward of a quantised projection that can add a low-rank term, in the same dtype.
+
+    Not in a graph that is compiled: a compiler fuses by itself, and Functions do not take its symbol for the scale.
+    """
+    own = isinstance(base, functools.partial) and base.func is Quantised.forward  # not what another library put there
+    if not own or torch.compiler.is_compiling():
+        return False
+    owner: Quantised = base.args[0]  # type: ignore[attr-defined]
+    if owner.quantisation.mode == "int8":
         return False
     return owner.quantisation.compute_dtype in (None, dtype_around(x)[0])
 
