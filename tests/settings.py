@@ -24,7 +24,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ia3": {},
     "linear_probe": {},
     "ln_tuning": {},
+    "corda": {"rank": 3, "targets": "q,v"},
+    "eva": {"rank": 3, "targets": "q,v"},
     "loftq": {"rank": 3, "targets": "q,v", "iterations": 2},
+    "lora_ga": {"rank": 3, "targets": "q,v"},
     "lora": {"rank": 3, "targets": "q,k,v,down"},
     "loreft": {"rank": 3, "first": 2, "last": 2},
     "mam": {"length": 3, "bottleneck": 6},
@@ -37,7 +40,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 # what a model needs beside them: no table knows the names of the plain module
 MLP_TARGETS: dict[str, dict[str, Any]] = {
+    "corda": {"targets": "mlp,lora"},
+    "eva": {"targets": "mlp,lora"},
     "loftq": {"targets": "mlp,lora"},
+    "lora_ga": {"targets": "mlp,lora"},
     "lora": {"targets": "mlp,lora"},
     "olora": {"targets": "mlp,lora"},
     "pissa": {"targets": "mlp,lora"},
@@ -59,9 +65,9 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
 UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {("bitfit", m): NotMergeableError for m in ("llama", "t5", "mlp")}
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
-COLLAPSED = {"loftq", "loreft", "olora", "pissa"}
+COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "olora", "pissa"}
 # which change what is quantised when the base is quantised around them
-COMPENSATING = {"loftq", "olora", "pissa"}
+COMPENSATING = {"corda", "loftq", "lora_ga", "olora", "pissa"}
 
 # what the quick run covers: each method on the models that are hardest for it
 QUICK = {
@@ -71,7 +77,10 @@ QUICK = {
     "ia3": ("gpt2", "llama", "mlp"),
     "linear_probe": ("vit", "mlp"),
     "ln_tuning": ("llama", "vit"),
+    "corda": ("gpt2", "encoder"),
+    "eva": ("gpt2", "llama"),
     "loftq": ("gpt2", "mlp"),
+    "lora_ga": ("gpt2", "t5"),
     "lora": ("gpt2", "llama", "encoder"),
     "loreft": ("bert", "t5"),
     "mam": ("t5", "vit"),

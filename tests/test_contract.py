@@ -37,8 +37,11 @@ from lightning_peft.core.method import REGISTRY
 
 RANDOM = {
     "houlsby",
+    "corda",
+    "eva",
     "loftq",
     "lora",
+    "lora_ga",
     "loreft",
     "mam",
     "parallel",

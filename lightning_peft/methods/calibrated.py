@@ -1,0 +1,108 @@
+"""LoRA whose start is taken from data: what EVA, CorDA and LoRA-GA share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_peft.callback import LifeCycleError
+from lightning_peft.core import state
+from lightning_peft.core.calibration import Run, Watched, calibrate, plain_run
+from lightning_peft.core.fields import positive
+from lightning_peft.core.targets import Shape
+from lightning_peft.methods.lora import StartedLoRA
+
+
+class CalibratedLoRA(StartedLoRA):
+    """Plain LoRA until a few batches were seen: `batches` of the training data at the start of `fit`, or
+    `calibrate`.
+    """
+
+    batches: int = 8
+
+    def check(self) -> None:
+        super().check()
+        positive(self, "batches")
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], run: Run | None = None) -> int:
+        """Take the start from these batches; before `fit`, or without a Trainer.
+
+        run(batch, index) -> loss; by default a LightningModule's training_step, else the model's own call with the
+        batch
+        as keywords, positions or as it is. Tokens without a label, else padding, do not count. Everything is in eval
+        mode. Memory: CorDA keeps d_in^2 numbers a site while it watches, LoRA-GA d_out d_in, EVA rank d_in. Errors:
+        CalibrationError for sites that the batches do not reach.
+        """
+        placements = state.get_applied(model, self.label or self.info.name).placements
+        if not isinstance(model, pl.LightningModule) or run is not None:
+            return calibrate(model, adapters_of(placements), batches, run or plain_run(model))
+        with quiet(model):
+            return calibrate(model, adapters_of(placements), batches, step_of(model))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        placements = state.get_applied(pl_module, self.name_on_model).placements
+        if vars(self).get("_settled") or all(x.adapter.settled for x in placements):  # type: ignore[attr-defined]
+            return
+        loader: Any = trainer.train_dataloader
+        if isinstance(loader, (dict, list, tuple)):
+            raise LifeCycleError(
+                f"{type(self).__name__} takes its start from one training dataloader, and this run has {len(loader)}. "
+                "Call calibrate(module, batches) before fit."
+            )
+        with isolate_rng():
+            given = (trainer.strategy.batch_to_device(b) for b in itertools.islice(loader, self.batches))
+            with trainer.precision_plugin.train_step_context():
+                self.calibrate(pl_module, given)
+        vars(self)["_settled"] = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "settled": bool(vars(self).get("_settled"))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        vars(self)["_settled"] = True  # what is resumed or loaded has its start
+
+
+def adapters_of(placements: list[state.Placement]) -> dict[str, Watched]:
+    return {f"{x.site} ({x.role})": x.adapter for x in placements if isinstance(x.adapter, Watched)}
+
+
+def linear_only(shape: Shape, method: str) -> Shape:
+    """Raise for embeddings and convolutions, whose inputs are no rows."""
+    if shape.kind != "linear":
+        from lightning_peft.core.sites import TargetError
+
+        raise TargetError(f"{method} watches the inputs of projections, and this is an {shape.kind}. Exclude it.")
+    return shape
+
+
+def step_of(module: pl.LightningModule) -> Run:
+    def run(batch: Any, index: int) -> Tensor | None:
+        out = module.training_step(batch, index)
+        return out.get("loss") if isinstance(out, dict) else out  # type: ignore[return-value]
+
+    return run
+
+
+class quiet:  # noqa: N801
+    """Without the module's logging: these batches are no steps of the run."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        vars(self.module).update(log=nothing, log_dict=nothing)
+
+    def __exit__(self, *_: object) -> None:
+        for name in ("log", "log_dict"):
+            vars(self.module).pop(name, None)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In place of `self.log`."""
