@@ -348,3 +348,29 @@ def test_a_rank_above_the_weight_is_an_error_that_leaves_the_model_alone() -> No
     with pytest.raises(TargetError, match="rank=41"):
         PiSSA(targets="proj", rank=41, heads=None).apply(net)
     assert differences(before, snapshot(net)) == []
+
+
+def test_second_derivatives_and_what_is_kept() -> None:
+    net = One(rows=5, columns=7).double()
+    PiSSA(targets="proj", rank=2, heads=None, dtype="float64").apply(net)
+    perturb(net, 0.3)
+    adapter = started(net, "pissa")
+
+    def call(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        values = {"proj.adapters.pissa.a": a, "proj.adapters.pissa.b": b}
+        return torch.func.functional_call(net, values, (x,))
+
+    inputs = [t.detach().clone().requires_grad_() for t in (weight(3, 7, 2), adapter.a, adapter.b)]
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+    widths: set[int] = set()
+    plain = {t.data_ptr() for t in (*net.parameters(), *net.buffers())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in plain:
+            widths.add(tensor.shape[-1])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net(weight(3, 7, 2))
+    assert widths == {7, 2}  # x and A x
