@@ -36,6 +36,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pissa": {"rank": 3, "targets": "q,v,down"},
     "prefix_tuning": {"length": 3},
     "prompt_tuning": {"length": 3},
+    "oft": {"targets": "q,k,v,down", "block_size": 4},
+    "hra": {"targets": "q,k,v,down", "rank": 4},
+    "boft": {"targets": "q,k,v,down", "block_size": 4, "factors": 2},
+    "delora": {"rank": 3, "targets": "q,k,v,down"},
+    "miss": {"rank": 5, "targets": "q,k,v,down"},
+    "gralora": {"rank": 4, "targets": "q,k,v,down"},
+    "road": {"group_size": 4, "targets": "q,k,v,down"},
+    "ssf": {},
+    "c3a": {"block_size": 4, "targets": "q,k,v,down"},
+    "shira": {"rank": 2, "targets": "q,k,v,down"},
 }
 
 # what a model needs beside them: no table knows the names of the plain module
@@ -47,6 +57,16 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "lora": {"targets": "mlp,lora"},
     "olora": {"targets": "mlp,lora"},
     "pissa": {"targets": "mlp,lora"},
+    "oft": {"targets": "mlp,lora"},
+    "hra": {"targets": "mlp,lora"},
+    "boft": {"targets": "mlp,lora"},
+    "delora": {"targets": "mlp,lora"},
+    "miss": {"targets": "mlp,lora"},
+    "gralora": {"targets": "mlp,lora"},
+    "road": {"targets": "mlp,lora"},
+    "ssf": {"targets": "mlp,lora"},
+    "c3a": {"targets": "mlp,lora"},
+    "shira": {"targets": "mlp,lora"},
     "houlsby": {"targets": "mlp,lora"},
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
 }
@@ -61,8 +81,10 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("prompt_tuning", "mlp"): TargetError,  # no embeddings
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
 }
-# BitFit makes biases where there are none, and such a projection has no place to fold one into
-UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {("bitfit", m): NotMergeableError for m in ("llama", "t5", "mlp")}
+# BitFit and SSF make biases where there are none, and such a projection has no place to fold one into
+UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
+    (name, model): NotMergeableError for name in ("bitfit", "ssf") for model in ("llama", "t5", "mlp")
+}
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
 COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "olora", "pissa"}
@@ -89,6 +111,16 @@ QUICK = {
     "pissa": ("gpt2", "encoder"),
     "prefix_tuning": ("gpt2", "encoder"),
     "prompt_tuning": ("bert", "vit", "encoder"),
+    "oft": ("gpt2", "llama"),
+    "hra": ("gpt2", "t5"),
+    "boft": ("gpt2", "encoder"),
+    "delora": ("gpt2", "llama"),
+    "miss": ("t5", "gpt2"),
+    "gralora": ("llama", "encoder"),
+    "road": ("llama", "encoder"),
+    "ssf": ("gpt2", "bert"),
+    "c3a": ("gpt2", "llama"),
+    "shira": ("llama", "gpt2"),
 }
 
 

@@ -72,6 +72,9 @@ class Adapter(nn.Module):
         """
         return weight
 
+    def rebased(self) -> None:
+        """The weight at the place has just been put into codes: what follows from the base may follow again."""
+
     def reset(self, draw: Any) -> None:
         """Initialise every own tensor through `draw` (`core.init.Draw`), never from the global generator.
 

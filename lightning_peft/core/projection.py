@@ -141,6 +141,17 @@ def base_weight(place: nn.Module) -> Tensor:
     return matrix(place, views(place)[0]).detach()
 
 
+def base_bias(place: nn.Module) -> Tensor | None:
+    """The bias (d_out,) of the place, if it has one; never looks at the weight, which may be in codes."""
+    if isinstance(place, Slice):
+        bias = base_bias(vars(place)["owner"])
+        return None if bias is None else place.columns.take(bias)
+    if isinstance(place, Projected):
+        owner: Any = vars(place)["owner"]
+        return owner.out_proj.bias if place.name == "o" else in_projection(owner, place.name)[1]
+    return getattr(place, "bias", None)
+
+
 def _slice_views(place: Slice) -> tuple[Tensor, Tensor | None]:
     columns = place.columns
     weight, bias = views(vars(place)["owner"])

@@ -279,7 +279,17 @@ def quantise_module(
     module.features, module.trained = tuple(matrix.shape), parameter.requires_grad  # type: ignore[assignment]
     install(module, parts)
     module.__class__ = quantised_class(type(module))
+    if compensate:
+        rebase(module)
     return cast(Quantised, module)
+
+
+def rebase(module: nn.Module) -> None:
+    """Tell the adapters on a module, and on slices of it, that its weight is in codes now."""
+    for place in (module, *module.children()):
+        container = place._modules.get("adapters")
+        for adapter in container.children() if container is not None else ():
+            adapter.rebased()  # type: ignore[operator]
 
 
 def compensated(module: nn.Module, weight: Tensor, q: Quantisation) -> Tensor:

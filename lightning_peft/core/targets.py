@@ -73,3 +73,13 @@ def projection_widths(site: Site, method: str) -> tuple[int, int]:
             "targets such as 'q,v', 'ffn', 'all-linear', or names of Linear and Conv1D modules."
         )
     return site.in_features, site.out_features
+
+
+def check_divides(site: Site, field: str, value: int, width: int) -> None:
+    """Raise where `width` features of a site do not fall into whole parts; field: how the value was given."""
+    if width % value:
+        best = max(d for d in range(1, min(value, width) + 1) if width % d == 0)
+        raise TargetError(
+            f"{field}={value} does not divide the {width} features of {site.name!r} (role {site.role}). Choose a "
+            f"divisor, such as {best}, or exclude the site."
+        )

@@ -1,10 +1,15 @@
 """One file a method. Importing this package fills the registry; the list below is the only other thing to touch."""
 
 from lightning_peft.methods.bitfit import BitFit
+from lightning_peft.methods.boft import BOFT
+from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.corda import CorDA
+from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.eva import EVA
 from lightning_peft.methods.full import FullFineTuning
+from lightning_peft.methods.gralora import GraLoRA
 from lightning_peft.methods.houlsby import Houlsby
+from lightning_peft.methods.hra import HRA
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.ln_tuning import LNTuning
@@ -13,17 +18,29 @@ from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_ga import LoRAGA
 from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.mam import MAM
+from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.olora import OLoRA
 from lightning_peft.methods.parallel import ParallelAdapter
 from lightning_peft.methods.pissa import PiSSA
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.methods.road import RoAd
+from lightning_peft.methods.shira import SHiRA
+from lightning_peft.methods.ssf import SSF
 
 __all__ = [
+    "BOFT",
+    "C3A",
+    "HRA",
     "IA3",
     "MAM",
+    "OFT",
+    "SSF",
     "BitFit",
+    "DeLoRA",
     "FullFineTuning",
+    "GraLoRA",
     "Houlsby",
     "LNTuning",
     "LinearProbe",
@@ -35,7 +52,10 @@ __all__ = [
     "OLoRA",
     "PiSSA",
     "LoReFT",
+    "MiSS",
     "ParallelAdapter",
     "PrefixTuning",
     "PromptTuning",
+    "RoAd",
+    "SHiRA",
 ]
