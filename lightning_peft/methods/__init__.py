@@ -6,6 +6,7 @@ from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.corda import CorDA
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.eva import EVA
+from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.gralora import GraLoRA
 from lightning_peft.methods.houlsby import Houlsby
