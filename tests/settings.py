@@ -46,6 +46,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ssf": {},
     "c3a": {"block_size": 4, "targets": "q,k,v,down"},
     "shira": {"rank": 2, "targets": "q,k,v,down"},
+    "dora": {"rank": 3, "targets": "q,k,v,down"},
+    "lora_fa": {"rank": 3, "targets": "q,k,v,down"},
+    "vera": {"rank": 5, "targets": "q,k,v,down"},
+    "dvora": {"rank": 5, "targets": "q,k,v,down"},
+    "loha": {"rank": 2, "targets": "q,k,v,down"},
+    "multilora": {"rank": 2, "targets": "q,k,v,down"},
+    "tied_lora": {"rank": 3, "targets": "q,k,v,down"},
+    "nola": {"rank": 3, "coefficients": 6, "targets": "q,k,v,down"},
+    "hira": {"rank": 3, "targets": "q,k,v,down"},
+    "vb_lora": {"rank": 2, "vectors": 6, "length": 4, "targets": "q,k,v,down", "bank_bound": 0.3},
+    "randlora": {"rank": 7, "alpha": 14.0, "targets": "q,k,v,down"},
 }
 
 # what a model needs beside them: no table knows the names of the plain module
@@ -67,6 +78,17 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "ssf": {"targets": "mlp,lora"},
     "c3a": {"targets": "mlp,lora"},
     "shira": {"targets": "mlp,lora"},
+    "dora": {"targets": "mlp,lora"},
+    "lora_fa": {"targets": "mlp,lora"},
+    "vera": {"targets": "mlp,lora"},
+    "dvora": {"targets": "mlp,lora"},
+    "loha": {"targets": "mlp,lora"},
+    "multilora": {"targets": "mlp,lora"},
+    "tied_lora": {"targets": "mlp,lora"},
+    "nola": {"targets": "mlp,lora"},
+    "hira": {"targets": "mlp,lora"},
+    "vb_lora": {"targets": "mlp,lora"},
+    "randlora": {"targets": "mlp,lora"},
     "houlsby": {"targets": "mlp,lora"},
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
 }
@@ -121,6 +143,17 @@ QUICK = {
     "ssf": ("gpt2", "bert"),
     "c3a": ("gpt2", "llama"),
     "shira": ("llama", "gpt2"),
+    "dora": ("gpt2", "llama", "encoder"),
+    "lora_fa": ("gpt2", "llama"),
+    "vera": ("llama", "gpt2"),
+    "dvora": ("llama", "encoder"),
+    "loha": ("gpt2", "llama"),
+    "multilora": ("gpt2", "t5"),
+    "tied_lora": ("gpt2", "llama", "encoder"),
+    "nola": ("llama", "encoder"),
+    "hira": ("gpt2", "llama"),
+    "vb_lora": ("llama", "gpt2"),
+    "randlora": ("t5", "gpt2"),
 }
 
 

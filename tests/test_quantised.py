@@ -203,7 +203,8 @@ def test_the_order_of_quantising_and_applying_does_not_matter(name: str, model: 
     parameters = dict(after.named_parameters())
     for n, (parameter, values) in own.items():  # an adapter is the same object with the same bits
         assert parameters[n] is parameter
-        assert torch.equal(parameter, values)
+        follows = name in ("dora", "dvora") and n.endswith(".m")  # an untrained magnitude is that of the codes
+        assert follows or torch.equal(parameter, values)
         assert parameter.dtype == torch.float32
     assert not any(isinstance(m, Adapter) and is_quantised(c) for m in after.modules() for c in m.modules())
 

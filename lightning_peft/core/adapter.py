@@ -41,6 +41,7 @@ class Adapter(nn.Module):
     """
 
     additive = False  # y = base(x) + something that does not look at base(x): merging in any order is exact
+    reads_weight = False  # computes with the base's weight, which nobody else may change meanwhile
     follows_dtype = False  # dtype="base": cast with the model
     absorbed = False  # the base's codes were made for it (`compensate`), and are not the base's without it
     cell: Cell

@@ -27,7 +27,7 @@ class Basis(nn.Module):
 
     mark: Tensor
 
-    def __init__(self, seed: int, **tensors: tuple[tuple[int, ...], Law]) -> None:
+    def __init__(self, seed: int | str, **tensors: tuple[tuple[int, ...], Law]) -> None:
         super().__init__()
         self.seed, self.laws, self.filled = seed, {name: law for name, (_, law) in tensors.items()}, False
         for name, (shape, _) in tensors.items():

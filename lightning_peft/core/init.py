@@ -38,7 +38,7 @@ def leading(
 class Draw:
     """Fills parameters from a CPU generator seeded by (seed, name); the global generators are never touched."""
 
-    def __init__(self, seed: int, name: str) -> None:
+    def __init__(self, seed: int | str, name: str) -> None:
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -55,6 +55,9 @@ class Draw:
 
     def ones(self, tensor: Tensor) -> None:
         self._fill(tensor, nn.init.ones_)
+
+    def constant(self, tensor: Tensor, value: float) -> None:
+        self._fill(tensor, lambda t: t.fill_(value))
 
     def normal(self, tensor: Tensor, std: float, mean: float = 0.0) -> None:
         self._fill(tensor, lambda t: nn.init.normal_(t, mean, std, generator=self.generator))

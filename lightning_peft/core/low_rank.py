@@ -56,20 +56,30 @@ class LowRank(Adapter):
 
     def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
         a, b = self.factors()
-        dropping = self.dropout > 0 and self.training
-        if self.c is None and not dropping and takes_low_rank(base, x):
+        if self.c is None and not self.dropping and takes_low_rank(base, x):
             return base(x, low_rank=(a, b, self.scale))
         y = base(x)
+        return y + self.term(self.dropped(x), a, b, y.dtype)
+
+    @property
+    def dropping(self) -> bool:
+        return self.dropout > 0 and self.training
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropping and self.shape.kind != "embedding" else x
+
+    def term(self, x: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, rank_dropout: float = 0.0) -> Tensor:
+        """s (B A x + c) in the dtype of the base's output; rank_dropout: of A x, (..., rank)."""
         bias = None if self.c is None else self.scale * self.c
         if self.shape.kind == "embedding":
-            return y + embedded(self.place, x, a, b, bias, self.scale, y.dtype)
-        if dropping:
-            x = F.dropout(x, self.dropout)
+            return embedded(self.place, x, a, b, bias, self.scale, dtype)
         if self.shape.kind == "convolution":
-            return y + convolved(self.place, x, a.to(x.dtype), b.to(x.dtype), bias, self.scale)
+            return convolved(self.place, x, a.to(x.dtype), b.to(x.dtype), bias, self.scale, rank_dropout)
         # on (..., rank): torch.add(alpha=) is lost in a compiled graph
         z = self.scale * F.linear(x, a.to(x.dtype))
-        return y + F.linear(z, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if rank_dropout:
+            z = F.dropout(z, rank_dropout)
+        return F.linear(z, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def delta(self, weight: Tensor) -> Tensor:  # (d_out, d_in)
         a, b = self.factors()
@@ -97,6 +107,25 @@ def orthogonal_(a: Tensor, b: Tensor, draw: Draw) -> None:
     b.copy_(h @ rotation[1::2] / 10)
 
 
+class BothSides(torch.autograd.Function):
+    """l[..., r] M[r, d] g[..., d] -> (..., r, d), of which only the three are kept."""
+
+    @staticmethod
+    def forward(l: Tensor, m: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
+        return l[..., None] * m * g[..., None, :]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        l, m, g = ctx.saved_tensors
+        up = grads[0] * m
+        to_m = (grads[0] * l[..., None] * g[..., None, :]).sum_to_size(m.shape) if ctx.needs_input_grad[1] else None
+        return torch.einsum("...rd,...d->...r", up, g), to_m, torch.einsum("...rd,...r->...d", up, l)
+
+
 def embedded(
     place: Any, index: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, dtype: torch.dtype
 ) -> Tensor:
@@ -107,7 +136,9 @@ def embedded(
     return y if gain is None else y * (gain.to(dtype) if isinstance(gain, Tensor) else gain)
 
 
-def convolved(place: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def convolved(
+    place: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, rank_dropout: float = 0.0
+) -> Tensor:
     """s B (A * x): A as a kernel of the place's own size, B as one of size 1; each group of channels with the same A"""
     space = place.weight.dim() - 2
     convolve = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
@@ -120,6 +151,8 @@ def convolved(place: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, 
     kernel = a.view(len(a), *place.weight.shape[1:])
     z = scale * convolve(grouped, kernel, None, place.stride, padding, place.dilation)
     z = z.unflatten(0, (len(x), place.groups)).flatten(1, 2)  # (batch, groups rank, ...)
+    if rank_dropout:
+        z = F.dropout(z, rank_dropout)
     ones = [1] * space
     y = convolve(z, b.view(*b.shape, *ones), None if bias is None else bias.to(x.dtype), groups=place.groups)
     return y[0] if single else y

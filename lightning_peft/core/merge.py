@@ -175,6 +175,13 @@ def _check_inner(applied: Applied) -> None:
                     f"the result "
                     "would not be the same. Merge the methods in the order in which they were applied."
                 )
+        for other in adapters._modules.values():
+            if other.reads_weight and other.cell.on and other.cell is not applied.cell:
+                raise MergeError(
+                    f"An adapter at {placement.site!r} ({type(other).__name__}) computes with the weight that merging "
+                    f"{applied.label!r} would change. Unload {applied.label!r} before the other is applied, or apply "
+                    "it after the other and merge that one first."
+                )
 
 
 def _check_tied(model: nn.Module, applied: Applied) -> None:

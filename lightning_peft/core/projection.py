@@ -20,6 +20,7 @@ from lightning_peft.core.attention import (
     open_attend,
     takeover_of,
 )
+from lightning_peft.core.quantised import foreign, foreign_dtype, foreign_weight
 from lightning_peft.core.sites import Columns, Site
 
 
@@ -138,6 +139,8 @@ def matrix(place: nn.Module, weight: Tensor) -> Tensor:
 
 def base_weight(place: nn.Module) -> Tensor:
     """The weight (d_out, d_in) that the place has at this moment, without a gradient; dequantised if it is in codes."""
+    if foreign(place):
+        return foreign_weight(place, foreign_dtype(place._parameters["weight"]))
     return matrix(place, views(place)[0]).detach()
 
 
