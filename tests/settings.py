@@ -34,6 +34,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olora": {"rank": 3, "targets": "q,down"},
     "parallel": {"bottleneck": 6},
     "pissa": {"rank": 3, "targets": "q,v,down"},
+    "krona": {"targets": "q,k,v,down", "scale": 2.0},
+    "lokr": {"targets": "q,k,v,down", "rank": 2},
+    "mora": {"targets": "q,k,v,down", "rank": 2},
+    "fourierft": {"targets": "q,k,v,down", "count": 12, "scale": 9.0},
+    "glora": {"targets": "q,v,down", "rank": 2, "d": "none"},
+    "waveft": {"targets": "q,k,v,down", "count": 12, "wavelet": "db2"},
+    "krona_b": {"scale": 2.0},
+    "krona_b_res": {"scale": 2.0, "left": [4, 16]},
+    "said": {"dimension": 400, "exclude": "*embed*?,*wte?,*wpe?,*shared?,*lm_head?"},
+    "did": {"dimension": 100, "exclude": "*embed*?,*wte?,*wpe?,*shared?,*lm_head?"},
     "prefix_tuning": {"length": 3},
     "prompt_tuning": {"length": 3},
     "oft": {"targets": "q,k,v,down", "block_size": 4},
@@ -65,6 +75,14 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "eva": {"targets": "mlp,lora"},
     "loftq": {"targets": "mlp,lora"},
     "lora_ga": {"targets": "mlp,lora"},
+    "did": {"targets": "mlp,lora", "exclude": None},
+    "said": {"targets": "mlp,lora", "exclude": None},
+    "waveft": {"targets": "mlp,lora"},
+    "glora": {"targets": "mlp,lora"},
+    "fourierft": {"targets": "mlp,lora"},
+    "mora": {"targets": "mlp,lora"},
+    "lokr": {"targets": "mlp,lora"},
+    "krona": {"targets": "mlp,lora"},
     "lora": {"targets": "mlp,lora"},
     "olora": {"targets": "mlp,lora"},
     "pissa": {"targets": "mlp,lora"},
@@ -101,6 +119,8 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("mam", "mlp"): TargetError,  # no attention
     ("prefix_tuning", "mlp"): TargetError,
     ("prompt_tuning", "mlp"): TargetError,  # no embeddings
+    ("krona_b", "mlp"): TargetError,  # no feed-forward layer
+    ("krona_b_res", "mlp"): TargetError,
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
 }
 # BitFit and SSF make biases where there are none, and such a projection has no place to fold one into
@@ -112,6 +132,12 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "olora", "pissa"}
 # which change what is quantised when the base is quantised around them
 COMPENSATING = {"corda", "loftq", "lora_ga", "olora", "pissa"}
+# BitFit makes biases where there are none, and such a projection has no place to fold one into
+UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
+    **{("bitfit", m): NotMergeableError for m in ("llama", "t5", "mlp")},
+    **{("glora", m): NotMergeableError for m in ("llama", "t5", "mlp")},  # and so do its C and E
+    **{(name, "encoder"): NotMergeableError for name in ("said", "did")},  # it moves packed attention as one
+}
 
 # what the quick run covers: each method on the models that are hardest for it
 QUICK = {
@@ -131,6 +157,16 @@ QUICK = {
     "olora": ("gpt2", "t5"),
     "parallel": ("llama", "bert"),
     "pissa": ("gpt2", "encoder"),
+    "krona": ("gpt2", "llama"),
+    "lokr": ("encoder", "t5"),
+    "mora": ("gpt2", "t5"),
+    "fourierft": ("llama", "encoder"),
+    "glora": ("gpt2", "encoder"),
+    "waveft": ("gpt2", "llama"),
+    "krona_b": ("llama", "bert"),
+    "krona_b_res": ("t5", "encoder"),
+    "said": ("gpt2", "llama", "encoder"),
+    "did": ("t5", "bert"),
     "prefix_tuning": ("gpt2", "encoder"),
     "prompt_tuning": ("bert", "vit", "encoder"),
     "oft": ("gpt2", "llama"),

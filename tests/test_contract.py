@@ -36,6 +36,12 @@ from lightning_peft.core.merge import MergeError
 from lightning_peft.core.method import REGISTRY
 
 RANDOM = {
+    "krona_b",
+    "krona_b_res",
+    "glora",
+    "fourierft",
+    "lokr",
+    "krona",
     "houlsby",
     "corda",
     "eva",

@@ -44,6 +44,7 @@ class Adapter(nn.Module):
     reads_weight = False  # computes with the base's weight, which nobody else may change meanwhile
     follows_dtype = False  # dtype="base": cast with the model
     absorbed = False  # the base's codes were made for it (`compensate`), and are not the base's without it
+    folds_norms = False  # `fold` takes the gain and bias of a norm, too, as one row (1, d) and (d,)
     cell: Cell
     place: nn.Module  # what it is attached to; there while it is attached, and no child
 

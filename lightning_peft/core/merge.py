@@ -141,6 +141,11 @@ def _fold(stack: list[Placement]) -> tuple[Tensor, Tensor | None]:
     bias = old_bias
     with torch.no_grad():
         for placement in stack:
+            if not placement.adapter.folds_norms and projection.views(placement.place)[0].dim() == 1:
+                raise NotMergeableError(
+                    f"{type(placement.place).__name__} at {placement.site!r} has no floating-point weight "
+                    f"(d_out, d_in) to fold {type(placement.adapter).__name__} into. Leave the adapter attached."
+                )
             weight, bias = placement.adapter.fold(weight, bias)
     if not torch.isfinite(weight).all() or (bias is not None and not torch.isfinite(bias).all()):
         raise MergeError(f"Folding {stack[0].site!r} gives values that are not finite; nothing was merged.")
@@ -207,10 +212,10 @@ def storage(tensor: Tensor) -> object:
 
 
 def _relative(weight: Tensor, exact: Tensor) -> float:
-    """|(W - W0) x| / |W0 x| for one random x"""
+    """|(W - W0) x| / |W0 x| for one random x; of one row (a norm) entry by entry"""
     x = torch.randn(exact.shape[1], generator=torch.Generator().manual_seed(0)).to(exact)
-    y = exact @ x
-    return float(((weight - exact) @ x).norm() / y.norm().clamp_min(torch.finfo(y.dtype).tiny))
+    y, change = (exact @ x, (weight - exact) @ x) if len(exact) > 1 else (exact * x, (weight - exact) * x)
+    return float(change.norm() / y.norm().clamp_min(torch.finfo(y.dtype).tiny))
 
 
 def unmerge(model: nn.Module, applied: Applied) -> None:

@@ -126,6 +126,8 @@ def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
             return weight, place.bias  # type: ignore[return-value]
         if is_conv1d(place) or isinstance(place, nn.Embedding):
             return weight.T, getattr(place, "bias", None)
+        if weight.dim() == 1:  # a norm: one row
+            return weight, getattr(place, "bias", None)
     raise NotMergeableError(
         f"{type(place).__name__} has no floating-point weight (d_out, d_in) to fold into. Known: Linear, Conv1D, "
         "Embedding, Conv1d, Conv2d, Conv3d, slices of projections, nn.MultiheadAttention. Leave the adapter attached."

@@ -8,22 +8,28 @@ from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dvora import DVoRA
 from lightning_peft.methods.eva import EVA
+from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.full import FullFineTuning
+from lightning_peft.methods.glora import GLoRA
 from lightning_peft.methods.gralora import GraLoRA
 from lightning_peft.methods.hira import HiRA
 from lightning_peft.methods.houlsby import Houlsby
 from lightning_peft.methods.hra import HRA
 from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.krona import KronA
+from lightning_peft.methods.krona_b import KronAB, KronABRes
 from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.ln_tuning import LNTuning
 from lightning_peft.methods.loftq import LoftQ
 from lightning_peft.methods.loha import LoHa
+from lightning_peft.methods.lokr import LoKr
 from lightning_peft.methods.lora import LoRA
 from lightning_peft.methods.lora_fa import LoRAFA
 from lightning_peft.methods.lora_ga import LoRAGA
 from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.mam import MAM
 from lightning_peft.methods.miss import MiSS
+from lightning_peft.methods.mora import MoRA
 from lightning_peft.methods.multilora import MultiLoRA
 from lightning_peft.methods.nola import NOLA
 from lightning_peft.methods.oft import OFT
@@ -34,50 +40,62 @@ from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.road import RoAd
+from lightning_peft.methods.said import DID, SAID
 from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.tied_lora import TiedLoRA
 from lightning_peft.methods.vb_lora import VBLoRA
 from lightning_peft.methods.vera import VeRA
+from lightning_peft.methods.waveft import WaveFT
 
 __all__ = [
     "BOFT",
-    "C3A",
-    "HRA",
-    "IA3",
-    "MAM",
-    "OFT",
-    "SSF",
     "BitFit",
+    "C3A",
+    "CorDA",
+    "DID",
+    "DVoRA",
     "DeLoRA",
+    "DoRA",
+    "EVA",
+    "FourierFT",
     "FullFineTuning",
+    "GLoRA",
     "GraLoRA",
+    "HRA",
+    "HiRA",
     "Houlsby",
+    "IA3",
+    "KronA",
+    "KronAB",
+    "KronABRes",
     "LNTuning",
     "LinearProbe",
+    "LoHa",
+    "LoKr",
     "LoRA",
-    "LoftQ",
-    "CorDA",
-    "EVA",
+    "LoRAFA",
     "LoRAGA",
-    "OLoRA",
-    "PiSSA",
     "LoReFT",
+    "LoftQ",
+    "MAM",
     "MiSS",
+    "MoRA",
+    "MultiLoRA",
+    "NOLA",
+    "OFT",
+    "OLoRA",
     "ParallelAdapter",
+    "PiSSA",
     "PrefixTuning",
     "PromptTuning",
-    "RoAd",
-    "SHiRA",
-    "DoRA",
-    "LoRAFA",
-    "VeRA",
-    "DVoRA",
-    "LoHa",
-    "MultiLoRA",
-    "TiedLoRA",
-    "NOLA",
-    "HiRA",
-    "VBLoRA",
     "RandLoRA",
+    "RoAd",
+    "SAID",
+    "SHiRA",
+    "SSF",
+    "TiedLoRA",
+    "VBLoRA",
+    "VeRA",
+    "WaveFT",
 ]

@@ -29,6 +29,13 @@ class Tap(Adapter):
         self.seen = x
         return base(x)
 
+    def take(self) -> Tensor:
+        """What was noted, once."""
+        u, self.seen = self.seen, None
+        if u is None:
+            raise RuntimeError("The feed-forward layer's down projection ran without its up projection before it.")
+        return u
+
 
 class Parallel(Bottleneck):
     """y = base(h) + s D(u): u (..., d) is what the tap saw on the way in."""
@@ -47,10 +54,7 @@ class Parallel(Bottleneck):
             draw.ones(self.gain)
 
     def forward(self, base: Callable[..., Tensor], h: Tensor) -> Tensor:
-        u, self.tap.seen = self.tap.seen, None
-        if u is None:
-            raise RuntimeError("The feed-forward layer's down projection ran without its up projection before it.")
-        d = self.bottleneck(u)
+        d = self.bottleneck(self.tap.take())
         return base(h) + (d if self.gain is None else self.gain.to(d.dtype) * d)
 
 
@@ -72,19 +76,19 @@ class ParallelAdapter(PEFT, name="parallel", family="additive", paper="2110.0436
         positive(self, "bottleneck")
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
-        for site in sites:
-            entry, down = sites.sibling(site, "up"), sites.sibling(site, "down")
-            if (
-                entry is None
-                or down is None
-                or down.module is not site.module
-                or entry.in_features != down.out_features
-            ):
-                raise TargetError(
-                    f"ParallelAdapter needs the feed-forward layer around {site.name!r}: an `up` projection in the "
-                    f"same block "
-                    f"that reads {site.out_features} features. Use targets='down' on a model whose roles are known."
-                )
+        for entry, site in feed_forward(sites, "ParallelAdapter"):
             tap = Tap()
             yield entry, tap
             yield site, Parallel(tap, site, self.bottleneck, self.activation, self.init, self.scale)
+
+
+def feed_forward(sites: Sites, method: str) -> Iterator[tuple[Site, Site]]:
+    """The first and the last projection of the feed-forward layers whose last ones these are."""
+    for site in sites:
+        entry, down = sites.sibling(site, "up"), sites.sibling(site, "down")
+        if entry is None or down is None or down.module is not site.module or entry.in_features != down.out_features:
+            raise TargetError(
+                f"{method} needs the feed-forward layer around {site.name!r}: an `up` projection in the same block "
+                f"that reads {site.out_features} features. Use targets='down' on a model whose roles are known."
+            )
+        yield entry, site
