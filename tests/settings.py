@@ -130,6 +130,8 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
 COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "olora", "pissa"}
+# which train over a quantised base only
+ON_CODES = {"loftq"}
 # which change what is quantised when the base is quantised around them
 COMPENSATING = {"corda", "loftq", "lora_ga", "olora", "pissa"}
 # BitFit makes biases where there are none, and such a projection has no place to fold one into

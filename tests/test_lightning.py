@@ -13,7 +13,7 @@ import pytest
 import torch
 import zoo
 from lightning.pytorch.callbacks import ModelCheckpoint
-from settings import make
+from settings import ON_CODES, make
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -24,6 +24,7 @@ from lightning_peft import (
     LinearProbe,
     LoRA,
     LoReFT,
+    NF4Precision,
     PEFTSingleDeviceStrategy,
     PrefixTuning,
     load_adapter,
@@ -422,13 +423,19 @@ def test_fast_dev_run(tmp_path: Path) -> None:
 METHODS = [name for name, cls in REGISTRY.items() if cls.__module__.startswith("lightning_peft.methods.")]
 
 
+def needed(name: str) -> dict[str, Any]:
+    """What a method needs of a Trainer."""
+    return {"plugins": [NF4Precision(compute_dtype="float32")]} if name in ON_CODES else {}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_resumes_in_mid_epoch_bit_for_bit(name: str, tmp_path: Path) -> None:
     straight, resumed = boring.Boring(), boring.Boring()
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    boring.trainer(tmp_path, [make(name, "bert"), saver]).fit(straight, boring.data(12), boring.data(6, shuffle=False))
+    data = boring.data(12), boring.data(6, shuffle=False)
+    boring.trainer(tmp_path, [make(name, "bert"), saver], **needed(name)).fit(straight, *data)
     torch.manual_seed(99)
-    trainer = boring.trainer(tmp_path, [make(name, "bert")])
+    trainer = boring.trainer(tmp_path, [make(name, "bert")], **needed(name))
     ckpt = str(tmp_path / "step=2.ckpt")
     trainer.fit(resumed, boring.data(12), boring.data(6, shuffle=False), ckpt_path=ckpt)
     assert boring.largest_difference(boring.tensors(straight), boring.tensors(resumed)) == 0
@@ -438,7 +445,7 @@ def test_every_method_resumes_in_mid_epoch_bit_for_bit(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_in_a_fast_dev_run(name: str, tmp_path: Path) -> None:
-    fit(tmp_path, boring.Boring(), make(name, "bert"), fast_dev_run=True)
+    fit(tmp_path, boring.Boring(), make(name, "bert"), fast_dev_run=True, **needed(name))
 
 
 # ------------------------------------------------------------------ beside what else a Trainer does

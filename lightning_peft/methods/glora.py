@@ -104,7 +104,7 @@ class Generalized(Adapter):
         y = base(x)
         z = x.to(y.dtype)
         out = y
-        b0 = projection.views(self.place)[1] if self.biased else None
+        b0 = projection.base_bias(self.place) if self.biased else None
         b0 = None if b0 is None else b0.detach().reshape(-1).to(y.dtype)
         match self.part("a", y):
             case (v, u):
