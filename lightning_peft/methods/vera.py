@@ -44,7 +44,7 @@ class Scaled(LowRank):
         y, x, (a, b) = base(x), self.dropped(x), self.random()
         z = F.linear(x, a.to(x.dtype)) * self.d.to(x.dtype)
         z = F.linear(z, b.to(x.dtype))
-        return y + z * self.b.to(z.dtype)
+        return torch.addcmul(y, z, self.b.to(z.dtype))
 
     def random(self) -> tuple[Tensor, Tensor]:
         """A (rank, d_in) and B (d_out, rank)"""
