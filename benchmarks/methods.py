@@ -140,9 +140,10 @@ def kept(model: nn.Module) -> int:
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        for storage in (part.untyped_storage() for part in parts):
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
