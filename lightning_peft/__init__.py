@@ -16,6 +16,7 @@ _PUBLIC = {
     "EVA": "lightning_peft.methods.eva",
     "CorDA": "lightning_peft.methods.corda",
     "LoRAGA": "lightning_peft.methods.lora_ga",
+    "QALoRA": "lightning_peft.methods.qalora",
     "BitFit": "lightning_peft.methods.bitfit",
     "LNTuning": "lightning_peft.methods.ln_tuning",
     "Houlsby": "lightning_peft.methods.houlsby",
@@ -45,6 +46,7 @@ _PUBLIC = {
     "KronABRes": "lightning_peft.methods.krona_b",
     "SAID": "lightning_peft.methods.said",
     "DID": "lightning_peft.methods.said",
+    "TrainableTokens": "lightning_peft.methods.trainable_tokens",
     "FullFineTuning": "lightning_peft.methods.full",
     "LinearProbe": "lightning_peft.methods.linear_probe",
     "DoRA": "lightning_peft.methods.dora",
@@ -71,6 +73,7 @@ _PUBLIC = {
     "NF4Precision": "lightning_peft.precision",
     "NF4FSDPPrecision": "lightning_peft.precision",
     "quantise": "lightning_peft.precision",
+    "gptq": "lightning_peft.calibration",
     "dequantise": "lightning_peft.precision",
     "empty_weights": "lightning_peft.quantised_files",
     "load_quantised": "lightning_peft.quantised_files",
@@ -99,6 +102,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from lightning_peft.calibration import gptq
     from lightning_peft.callback import PEFT
     from lightning_peft.checkpoint import load_checkpoint
     from lightning_peft.core.adapter import Adapter
@@ -141,10 +145,12 @@ if TYPE_CHECKING:
         ParallelAdapter,
         PrefixTuning,
         PromptTuning,
+        QALoRA,
         RandLoRA,
         RoAd,
         SHiRA,
         TiedLoRA,
+        TrainableTokens,
         VBLoRA,
         WaveFT,
     )

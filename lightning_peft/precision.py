@@ -30,7 +30,8 @@ from typing_extensions import override
 from lightning_peft import kernels
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.codes import BLOCKWISE, COMPUTE, Quantisation, all_finite
+from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.codes import COMPUTE, INTEGERS, Quantisation, all_finite
 from lightning_peft.core.method import freeze
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.quantised import (
@@ -47,7 +48,7 @@ from lightning_peft.core.sites import ALIASES, GROUPS, ROLES, TargetError, sites
 
 log = logging.getLogger("lightning_peft")
 
-Mode = Literal["nf4", "fp4", "int8"]
+Mode = Literal["nf4", "fp4", "int8", "int4", "int3", "int2"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Storage = Literal["uint8", "bfloat16", "float16", "float32"]
 Backend = Literal["auto", "torch", "bitsandbytes"]
@@ -145,6 +146,7 @@ def _quantise(
 ) -> Report:
     chosen, left = choose(model, targets, skip)
     check_weights(chosen, allow_meta)
+    check_groups(chosen, q)
     where = None if device is None else torch.device(device)
     before = after = parameters = 0
     undo = Undo(list(chosen.values()))
@@ -452,7 +454,7 @@ class QuantisedBase:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise where the base of the checkpoint was quantised otherwise."""
         own, before = self.settings.describe(), state_dict.get("quantisation", {})
-        fields = ("mode", "blocksize", "double") if own["mode"] in BLOCKWISE else ("mode",)
+        fields = self.settings.settles
         if other := [f"{k}: {before.get(k)!r} there, {own[k]!r} here" for k in fields if before.get(k) != own[k]]:
             raise QuantisationError(
                 f"The checkpoint was trained on a base that was quantised otherwise ({', '.join(other)}). Use the same "
@@ -460,6 +462,17 @@ class QuantisedBase:
             )
         if self.scaling is not None and "scaler" in state_dict:
             self.scaling.load_state_dict(state_dict["scaler"])
+
+
+def check_groups(chosen: dict[str, nn.Module], q: Quantisation) -> None:
+    """Raise where groups of integers do not fit into a row."""
+    for name, module in chosen.items():
+        weight = cast(Tensor, module._parameters["weight"])
+        if q.mode in INTEGERS and (d_in := weight.shape[0 if is_conv1d(module) else 1]) % q.blocksize:
+            raise QuantisationError(
+                f"blocksize={q.blocksize} does not divide the {d_in} inputs of {name!r}, which {q.mode} needs. Choose "
+                f"one that does, or leave it out: skip={name!r}."
+            )
 
 
 def with_compute(own: Quantisation, given: Quantisation) -> Quantisation:
@@ -481,7 +494,8 @@ def keeping_applied(module: nn.Module) -> Iterator[None]:
 class NF4Precision(QuantisedBase, Precision):
     """W ~ absmax[block] codebook[code]: the frozen base in 4-bit NormalFloat; QLoRA, 2305.14314, sections 2 and 3
 
-    mode: "nf4", "fp4", or "int8" (LLM.int8, 2208.07339). blocksize: weights that share a scale. double_quant: scales in
+    mode: "nf4", "fp4", "int8" (LLM.int8, 2208.07339), or "int4", "int3", "int2": integers with a scale and a zero in
+    groups of `blocksize` inputs (QA-LoRA, 2309.14717). blocksize: weights that share a scale. double_quant: scales in
     8 bits; 4.127 bits a parameter instead of 4.5 at 64. compute_dtype: of products; with a 16-bit one the forward runs
     under autocast, as with "bf16-mixed" (float16 scales the loss). rest_dtype: what embeddings, norms and frozen heads
     are cast to; None leaves them. storage_dtype: what the packed bytes are declared as, for FSDP. targets, skip: the

@@ -47,7 +47,7 @@ from lightning_peft.precision import choose, quantisation
 log = logging.getLogger("lightning_peft")
 SINGLE, INDEX, ABOUT = "model.safetensors", "model.safetensors.index.json", "quantisation.json"
 SCHEMA = 1
-CODED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+CODED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "zero")
 SHARD = 5 * 10**9  # bytes
 
 

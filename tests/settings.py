@@ -67,6 +67,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hira": {"rank": 3, "targets": "q,k,v,down"},
     "vb_lora": {"rank": 2, "vectors": 6, "length": 4, "targets": "q,k,v,down", "bank_bound": 0.3},
     "randlora": {"rank": 7, "alpha": 14.0, "targets": "q,k,v,down"},
+    "qalora": {"rank": 3, "group": 4, "alpha": 2},
+    "trainable_tokens": {"tokens": [13, 12, 4, 8]},
 }
 
 # what a model needs beside them: no table knows the names of the plain module
@@ -109,6 +111,7 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "randlora": {"targets": "mlp,lora"},
     "houlsby": {"targets": "mlp,lora"},
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
+    "qalora": {"targets": "mlp,lora"},
 }
 MLP_HEADS = {"heads": "out"}
 
@@ -121,6 +124,7 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("prompt_tuning", "mlp"): TargetError,  # no embeddings
     ("krona_b", "mlp"): TargetError,  # no feed-forward layer
     ("krona_b_res", "mlp"): TargetError,
+    **{("trainable_tokens", model): TargetError for model in ("vit", "mlp")},  # no tokens
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
 }
 # BitFit and SSF make biases where there are none, and such a projection has no place to fold one into
@@ -192,6 +196,8 @@ QUICK = {
     "hira": ("gpt2", "llama"),
     "vb_lora": ("llama", "gpt2"),
     "randlora": ("t5", "gpt2"),
+    "qalora": ("gpt2", "llama", "t5", "encoder"),
+    "trainable_tokens": ("gpt2", "t5", "encoder"),
 }
 
 

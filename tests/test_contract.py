@@ -67,6 +67,7 @@ RANDOM = {
     "vb_lora",
     "randlora",
     "nola",
+    "qalora",
 }  # have random initial tensors
 IN_PLACE = {"bitfit", "full", "linear_probe", "ln_tuning"}  # train parameters of the base
 

@@ -43,6 +43,7 @@ class Adapter(nn.Module):
     additive = False  # y = base(x) + something that does not look at base(x): merging in any order is exact
     reads_weight = False  # computes with the base's weight, which nobody else may change meanwhile
     follows_dtype = False  # dtype="base": cast with the model
+    mirrors = False  # its weight is tied to that of another adapter of the label, which folds the change of both
     absorbed = False  # the base's codes were made for it (`compensate`), and are not the base's without it
     folds_norms = False  # `fold` takes the gain and bias of a norm, too, as one row (1, d) and (d,)
     cell: Cell
@@ -65,6 +66,13 @@ class Adapter(nn.Module):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (d_out, d_in) and bias (d_out,) of a plain projection that computes what the adapted one does."""
         return weight + self.delta(weight), bias
+
+    def grouped(self, group: int) -> Tensor | None:
+        """The change of the weight as (d_out, d_in / group), where it is one number for all inputs of a group.
+
+        The zeros of a base in groups of integers take it exactly; None where the change is not of that kind.
+        """
+        return None
 
     def compensate(self, weight: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
         """What to quantise in place of `weight` (d_out, d_in), when the base is quantised around this adapter.

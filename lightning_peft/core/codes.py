@@ -3,7 +3,7 @@
     parts = encode(weight, Quantisation("nf4"))      {"weight": packed codes, "absmax": ..., "nested_absmax": ..., ...}
     decode(parts, weight.shape, q)                   the weight as it comes back
 
-Files hold the keys of bitsandbytes' layers.
+Files hold the keys of bitsandbytes' layers; of "int4", "int3" and "int2", which it does not know, a zero beside them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.core import quant
-from lightning_peft.core.quant import Blocks, QuantisationError
+from lightning_peft.core.quant import Blocks, Integers, QuantisationError
 
 CONSTANTS = ("absmax", "nested_absmax", "offset")  # buffers beside the packed weight
 BLOCKWISE = ("nf4", "fp4")
-MODES = (*BLOCKWISE, "int8")
+INTEGERS = tuple(quant.INTEGERS)
+MODES = (*BLOCKWISE, "int8", *INTEGERS)
 COMPUTE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STATE_KEY = "weight.quant_state.bitsandbytes__"
 
@@ -72,7 +73,8 @@ def kernels(name: str) -> Kernels:
 class Quantisation:
     """How a weight is kept.
 
-    mode: "nf4" and "fp4", 4 bits in blocks of `blocksize` along the input with one scale each; "int8", one scale a row.
+    mode: "nf4" and "fp4", 4 bits in blocks of `blocksize` along the input with one scale each; "int8", one scale a row;
+    "int4", "int3", "int2": integers in groups of `blocksize` inputs with a scale and a zero each (QA-LoRA, 2309.14717).
     double: the scales are kept in 8 bits themselves. compute_dtype: of the product; None takes that of the activations.
     storage_dtype: as what the packed bytes are declared, for wrappers that want one dtype in a group (FSDP).
     backend: "auto", "torch" or "bitsandbytes". threshold: columns of activations with a magnitude of it or above stay
@@ -93,6 +95,10 @@ class Quantisation:
         if self.mode in BLOCKWISE and self.blocksize not in quant.BLOCKSIZES:
             known = ", ".join(map(str, quant.BLOCKSIZES))
             raise QuantisationError(f"blocksize={self.blocksize!r} is unknown. Known: {known}.")
+        if self.mode in INTEGERS and self.blocksize < 1:
+            raise QuantisationError(
+                f"blocksize={self.blocksize!r}: expected the inputs that share a scale, such as 32."
+            )
         for name, known_dtypes in (("compute_dtype", (*COMPUTE, None)), ("storage_dtype", (torch.uint8, *COMPUTE[:3]))):
             if (value := getattr(self, name)) not in known_dtypes:
                 shown = ", ".join(str(known).removeprefix("torch.") for known in known_dtypes)
@@ -100,20 +106,27 @@ class Quantisation:
         if not self.threshold >= 0:
             message = "expected 0 (no outliers apart) or a magnitude such as 6.0."
             raise QuantisationError(f"threshold={self.threshold!r}: {message}")
-        if self.mode == "int8" and self.storage_dtype != torch.uint8:
-            raise QuantisationError("storage_dtype is for 4-bit codes; int8 weights are kept as int8. Leave it out.")
+        if self.mode not in BLOCKWISE and self.storage_dtype != torch.uint8:
+            raise QuantisationError(
+                f"storage_dtype is for 4-bit codes in blocks; {self.mode} weights are kept as they are. Leave it out."
+            )
 
     def same_weights(self, other: Quantisation) -> bool:
         """Whether the two keep a weight in the same bits."""
-        own, theirs = (
-            (q.mode, q.blocksize, q.double) if q.mode in BLOCKWISE else (q.mode, None, None) for q in (self, other)
-        )
-        return own == theirs
+        names = self.settles
+        return names == other.settles and all(getattr(self, name) == getattr(other, name) for name in names)
+
+    @property
+    def settles(self) -> tuple[str, ...]:
+        """The fields that say which bits a weight is kept in."""
+        return ("mode", "blocksize", "double")[: 3 if self.mode in BLOCKWISE else 2 if self.mode in INTEGERS else 1]
 
     @property
     def short(self) -> str:
         """ "nf4, block 64, double" """
         nested = ", double" if self.double else ""
+        if self.mode in INTEGERS:
+            return f"{self.mode}, group {self.blocksize}"
         return f"{self.mode}, block {self.blocksize}{nested}" if self.mode in BLOCKWISE else self.mode
 
     def describe(self) -> dict[str, Any]:
@@ -274,10 +287,22 @@ def encode(weight: Tensor, q: Quantisation) -> dict[str, Tensor]:
     if q.mode == "int8":
         found = quant.quantise_integers(weight.float(), 8)
         return {"weight": found.codes, "absmax": (found.scale * 127).flatten()}
+    if q.mode in INTEGERS:
+        return packed_integers(quant.quantise_integers(weight, quant.INTEGERS[q.mode], q.blocksize, symmetric=False))
     blocks = kernels(q.backend).quantise(weight, q.mode, q.blocksize, q.double)
     values = (blocks.absmax, blocks.nested_absmax, blocks.offset)
     constants = {name: t for name, t in zip(CONSTANTS, values, strict=True) if t is not None}
     return {"weight": stored(blocks.codes, q.storage_dtype), **constants}
+
+
+def packed_integers(found: Integers) -> dict[str, Tensor]:
+    """Integer codes with a scale and a zero for every group, as a layer holds them."""
+    return {"weight": quant.pack(found.codes, found.bits), "absmax": found.scale, "offset": cast(Tensor, found.zero)}
+
+
+def packed_bytes(shape: tuple[int, int], mode: str) -> int:
+    """Bytes of the codes of a weight, but for "int8"."""
+    return -(-shape[0] * shape[1] * quant.INTEGERS.get(mode, 4) // 8)
 
 
 def stored(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -292,7 +317,7 @@ def decode(parts: dict[str, Tensor], shape: tuple[int, int], q: Quantisation) ->
     """What `encode` made -> (d_out, d_in) in fp32"""
     if q.mode == "int8":
         return int8_weight(parts["weight"], parts["absmax"], torch.float32)
-    codes = parts["weight"].view(torch.uint8).view(-1, 1)[: (shape[0] * shape[1] + 1) // 2]
+    codes = parts["weight"].view(torch.uint8).view(-1, 1)[: packed_bytes(shape, q.mode)]
     constants = (parts.get(name) for name in CONSTANTS)
     return kernels(q.backend).dequantise(packed_blocks(codes, *constants, shape, q.mode, q.blocksize), torch.float32)  # type: ignore[misc, arg-type]
 
@@ -310,7 +335,10 @@ def file_constants(
     if q.mode == "int8":
         return {"SCB": constants["absmax"], "weight_format": torch.tensor(0, dtype=torch.uint8)}
     device = constants["absmax"].device
-    out = {"weight.absmax": constants["absmax"], "weight.quant_map": quant.codebook(q.mode, device)}
+    out = {"weight.absmax": constants["absmax"]}
+    out["weight.zero" if q.mode in INTEGERS else "weight.quant_map"] = (
+        constants["offset"] if q.mode in INTEGERS else quant.codebook(q.mode, device)
+    )
     facts: dict[str, Any] = {
         "quant_type": q.mode,
         "blocksize": q.blocksize,
@@ -351,9 +379,16 @@ def from_file(found: dict[str, Tensor]) -> FileWeight | None:
         facts = json.loads(bytes(found[key].cpu().tolist()))
         shape, dtype = (int(facts["shape"][0]), int(facts["shape"][1])), getattr(torch, facts["dtype"])
         kind, blocksize = facts["quant_type"], facts["blocksize"]
-        if not isinstance(dtype, torch.dtype) or ("nested_offset" in facts) != ("weight.nested_absmax" in found):
+        integers = kind in INTEGERS
+        if (
+            not isinstance(dtype, torch.dtype)
+            or integers != ("weight.zero" in found)
+            or ("nested_offset" in facts) != ("weight.nested_absmax" in found)
+        ):
             raise TypeError("dtype or the scales of the scales")
         parts = {"weight": found["weight"], "absmax": found["weight.absmax"]}
+        if integers:
+            parts["offset"] = found["weight.zero"]
         if nested := "weight.nested_absmax" in found:
             device = found["weight.absmax"].device
             offset = torch.tensor(float(facts["nested_offset"]), dtype=torch.float32, device=device)
@@ -381,8 +416,10 @@ def check_rows(parts: dict[str, Tensor]) -> None:
 def check_parts(parts: dict[str, Tensor], shape: tuple[int, int], q: Quantisation) -> None:
     """Raise where codes and scales are not what a weight of this shape has."""
     count = shape[0] * shape[1]
-    blocks, size = -(-count // q.blocksize), -(-count // 2)
+    blocks, size = -(-count // q.blocksize), packed_bytes(shape, q.mode)
     wanted = {"absmax": (torch.uint8 if q.double else torch.float32, blocks)}
+    if q.mode in INTEGERS:
+        wanted["offset"] = torch.float32, blocks
     if q.double:
         wanted["nested_absmax"] = torch.float32, -(-blocks // 256)
     fits = {name: (parts[name].dtype, parts[name].numel()) == expected for name, expected in wanted.items()}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import projection
 from lightning_peft.core.adapter import NotMergeableError
-from lightning_peft.core.quantised import Frozen, is_quantised, quantise_module, refreeze, settings, thaw
+from lightning_peft.core.codes import INTEGERS
+from lightning_peft.core.quantised import Frozen, Quantised, is_quantised, quantise_module, refreeze, settings, thaw
 from lightning_peft.core.state import Applied, Placement, all_applied
 
 log = logging.getLogger("lightning_peft")
@@ -52,7 +53,7 @@ def merge(model: nn.Module, applied: Applied, into: Into | None = None) -> Merge
         raise
     applied.cell.set(merged=True)
     applied.turn = 1 + max((a.turn for a in all_applied(model)), default=0)
-    places = sum(len(stacks) for _, stacks in _by_owner(applied))
+    places = len({id(placement.place) for placement in applied.placements})
     report = MergeReport(applied.label, places, tuple(sorted(dtypes)), max(errors))
     if report.rounding:
         log.info(
@@ -67,6 +68,8 @@ def _merge_owner(
 ) -> tuple[float, str]:
     """Fold what is at one module -> the relative change of its output by rounding, and the dtype that it now has."""
     quantised = is_quantised(owner)
+    if into is None and isinstance(owner, Quantised):
+        return shift(applied, owner, stacks)
     if quantised:
         applied.thawed.append(thaw(owner, torch.float32))
     error = 0.0
@@ -83,6 +86,29 @@ def _merge_owner(
     if quantised:
         return _store(applied.thawed[-1], str(into))
     return error, str(exact.dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def shift(applied: Applied, owner: Quantised, stacks: list[list[Placement]]) -> tuple[float, str]:
+    """Add what is one number for a group to the zeros of the groups; codes and scales stay, nothing is rounded."""
+    before = cast(Tensor, owner._buffers["offset"])
+    after = before.clone()
+    for place, adapter in ((x.place, x.adapter) for stack in stacks for x in stack):
+        change = cast(Tensor, adapter.grouped(owner.quantisation.blocksize)).to(after)
+        columns = place.columns if isinstance(place, projection.Slice) else None
+        after = after + change if columns is None else columns.put(after, columns.take(after, 0) + change, 0)
+    if not torch.isfinite(after).all():
+        raise MergeError(f"Folding {stacks[0][0].site!r} gives values that are not finite; nothing was merged.")
+    applied.shifted.append((owner, before))
+    owner._buffers["offset"] = after
+    return 0.0, owner.quantisation.mode
+
+
+def shifts(owner: nn.Module, stacks: list[list[Placement]]) -> bool:
+    """Whether the zeros of the module can take the change of all adapters there."""
+    if not isinstance(owner, Quantised) or owner.quantisation.mode not in INTEGERS:
+        return False
+    return all(x.adapter.grouped(owner.quantisation.blocksize) is not None for stack in stacks for x in stack)
 
 
 def _store(frozen: Frozen, into: str) -> tuple[float, str]:
@@ -110,10 +136,11 @@ def _cast_bias(frozen: Frozen, dtype: torch.dtype) -> None:
 
 
 def _check_into(applied: Applied, into: Into | None) -> None:
-    count = sum(is_quantised(owner) for owner, _ in _by_owner(applied))
+    quantised = [(owner, stacks) for owner, stacks in _by_owner(applied) if is_quantised(owner)]
+    count = len(quantised)
     if into not in (None, *INTO):
         raise MergeError(f"into={into!r} is unknown. Known: {', '.join(INTO)}.")
-    if count and into is None:
+    if into is None and not all(shifts(owner, stacks) for owner, stacks in quantised):
         raise MergeError(
             f"{applied.label!r} is on {count} quantised projections, which cannot take a change without being "
             "quantised anew. Choose: merge(model, into='bfloat16') or into='float32' makes them plain projections; "
@@ -128,7 +155,7 @@ def _by_owner(applied: Applied) -> list[tuple[nn.Module, list[list[Placement]]]]
     """The modules of the base, and at each the adapters of one place after the other."""
     owners: dict[int, nn.Module] = {}
     stacks: dict[int, dict[int, list[Placement]]] = {}
-    for placement in applied.placements:
+    for placement in (p for p in applied.placements if not p.adapter.mirrors):
         owner = projection.owner_of(placement.place)
         owners[id(owner)] = owner
         stacks.setdefault(id(owner), {}).setdefault(id(placement.place), []).append(placement)
@@ -195,9 +222,10 @@ def _check_tied(model: nn.Module, applied: Applied) -> None:
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(storage(parameter), set()).add(name)
+    mirrors = {placement.site for placement in applied.placements if placement.adapter.mirrors}
     for placement in applied.placements:
         for parameter in projection.parameters_of(placement.place):
-            names = owners.get(storage(parameter), set())
+            names = owners.get(storage(parameter), set()) - mirrors
             if len(names) > 1:
                 raise MergeError(
                     f"The weight at {placement.site!r} is tied ({', '.join(sorted(names))}): merging would change "
@@ -244,6 +272,9 @@ def _put_back(applied: Applied) -> None:
     for frozen in applied.thawed:
         refreeze(frozen)
     applied.thawed = []
+    for module, zeros in applied.shifted:
+        module._buffers["offset"] = zeros.to(cast(Tensor, module._buffers["offset"]).device)
+    applied.shifted = []
 
 
 def overlap(one: Applied, other: Applied) -> bool:
@@ -251,6 +282,7 @@ def overlap(one: Applied, other: Applied) -> bool:
     regions = [{projection.region(p.place) for p in applied.placements} for applied in (one, other)]
     for region, applied in zip(regions, (one, other), strict=True):  # blocks of a quantised weight are one thing
         region |= {(id(frozen.module), None) for frozen in applied.thawed}
+        region |= {(id(module), None) for module, _ in applied.shifted}
     wholes = [{owner for owner, part in region if part is None} for region in regions]
     owners = [{owner for owner, _ in region} for region in regions]
     return bool(regions[0] & regions[1] or wholes[0] & owners[1] or owners[0] & wholes[1])

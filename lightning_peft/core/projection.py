@@ -5,6 +5,7 @@ A *place* is what adapters are attached to: a module of the base, or a `Host` th
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -38,6 +39,32 @@ class Projected(Host):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+
+
+STACK = "each_"  # before the name of a stack of weights, the name of its place
+
+
+class Stack(Host):
+    """A parameter of three dimensions, the weights of all experts, that the module's forward uses as it likes."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+
+class StackForward(Takeover):
+    """The module's own forward, while each stack with adapters is shadowed by what these make of it."""
+
+    def rewritten(self, *args: Any, **kwargs: Any) -> Any:
+        module, own = self.module, vars(self.module)
+        names: list[str] = [str(host.name) for host in self.hosts().values() if isinstance(host, Stack)]
+        weights = {name: self.through(STACK + name, functools.partial(getattr, module, name)) for name in names}
+        own.update(weights)
+        try:
+            return self.base()(*args, **kwargs)
+        finally:
+            for name in names:
+                del own[name]
 
 
 class PackedForward(Takeover):
@@ -88,6 +115,8 @@ def _add_host(site: Site, name: str) -> Host:
 def _make_host(site: Site, name: str) -> tuple[Host, type[Takeover] | None]:
     if site.columns is not None:
         return Slice(site.columns), PackedForward
+    if name.startswith(STACK):
+        return Stack(name.removeprefix(STACK)), StackForward
     if name == "attend":
         return open_attend(site.module), takeover_of(site.module)
     takeover_of(site.module)
@@ -120,6 +149,8 @@ def views(place: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(place, Projected):
         owner = vars(place)["owner"]
         return (owner.out_proj.weight, owner.out_proj.bias) if place.name == "o" else in_projection(owner, place.name)
+    if isinstance(place, Stack):
+        return getattr(vars(place)["owner"], place.name), None
     weight = getattr(place, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         if isinstance(place, nn.Linear) or is_convolution(place):
@@ -188,7 +219,7 @@ def region(place: nn.Module) -> tuple[int, object]:
     """The module whose weight this is, and which part of it; None for all."""
     if isinstance(place, Slice):
         return id(vars(place)["owner"]), place.columns
-    if isinstance(place, Projected):
+    if isinstance(place, (Projected, Stack)):
         return id(vars(place)["owner"]), place.name
     return id(place), None
 
@@ -201,7 +232,7 @@ def snapshot(place: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def owner_of(place: nn.Module) -> nn.Module:
     """The module of the base that holds the weight."""
-    return place if not isinstance(place, (Slice, Projected)) else vars(place)["owner"]
+    return place if not isinstance(place, (Slice, Projected, Stack)) else vars(place)["owner"]
 
 
 def parameters_of(place: nn.Module) -> list[nn.Parameter]:
@@ -213,5 +244,7 @@ def parameters_of(place: nn.Module) -> list[nn.Parameter]:
         packed = owner.in_proj_weight
         own = [packed if packed is not None else getattr(owner, f"{place.name}_proj_weight"), owner.in_proj_bias]
         return [p for p in own if p is not None]
+    if isinstance(place, Stack):
+        return [getattr(vars(place)["owner"], place.name)]
     module = vars(place)["owner"] if isinstance(place, Slice) else place
     return list(module.parameters(recurse=False))

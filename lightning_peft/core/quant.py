@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 BLOCKSIZES = tuple(2**n for n in range(4, 13))
 NESTED = 256  # absmax values that share one fp32 constant after double quantisation
+INTEGERS = {"int4": 4, "int3": 3, "int2": 2}  # kind -> bits of codes in groups with a scale and a zero each
 SMALLEST = 1e-38  # stands for the absmax of an all-zero block where something is divided by it
 
 
@@ -324,7 +325,8 @@ def _nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Blocks:
     """W[n] = values[codes[n]] * scale[n // blocksize], n the row-major index of an element of the weight.
 
-    With double quantisation scale[m] = dynamic[absmax[m]] * nested_absmax[m // 256] + offset.
+    With double quantisation scale[m] = dynamic[absmax[m]] * nested_absmax[m // 256] + offset. Of the kinds `INTEGERS`
+    absmax and offset are scale and zero of every group, (rows, groups): W = absmax * codes + offset.
     """
 
     codes: Tensor  # (ceil(numel * bits / 8), 1) uint8, see `pack`; 4 bits: the first code in the high half
@@ -402,6 +404,8 @@ def _fill(codes: Tensor, absmax: Tensor, flat: Tensor, kind: str, blocksize: int
 @torch.no_grad()
 def dequantise(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """W[n] = values[codes[n]] * scale[n // blocksize], multiplied in fp32, then rounded to `dtype`: `blocks.shape`."""
+    if blocks.kind in INTEGERS:
+        return _dequantise_groups(blocks, dtype)
     codes, count, size = blocks.codes.reshape(-1), blocks.numel, blocks.blocksize
     scales, words = blocks.scales(), _table("words", blocks.kind, codes)
     if torch.compiler.is_compiling():  # expressions that a compiler fuses
@@ -419,6 +423,20 @@ def dequantise(blocks: Blocks, dtype: torch.dtype) -> Tensor:
         if scratch is not weight:
             weight[start:stop] = values
     return weight[:count].view(blocks.shape)
+
+
+def _dequantise_groups(blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """W[o, n] = absmax[o, n // group] codes[o, n] + offset[o, n // group] in fp32, then rounded to `dtype`"""
+    (rows, width), bits, flat = blocks.shape, INTEGERS[blocks.kind], blocks.codes.reshape(-1)
+    weight = flat.new_empty(rows, width, dtype=dtype)
+    step = max(1, _chunk(flat) // width // 8) * 8  # the codes of eight rows are whole bytes
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part = flat[start * width * bits // 8 : _bytes(stop * width, bits)]
+        values = _unpack(part, bits)[: (stop - start) * width].float().view(stop - start, -1, blocks.blocksize)
+        values.mul_(blocks.absmax[start:stop, :, None]).add_(blocks.offset[start:stop, :, None])  # type: ignore[index]
+        weight[start:stop] = values.flatten(1)
+    return weight
 
 
 def _indices(codes: Tensor, kind: str, count: int) -> Tensor:

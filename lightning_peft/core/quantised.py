@@ -35,6 +35,7 @@ from lightning_peft.core.codes import (
     int8_weight,
     kernels,
     packed_blocks,
+    packed_bytes,
     restored,
     sample,
     stored,
@@ -66,8 +67,7 @@ class Quantised(nn.Module):
         """The packed bytes, whatever dtype they are declared as; (d_out, d_in) int8 where a row has one scale."""
         if self.quantisation.mode == "int8":
             return self.packed
-        rows, columns = self.features
-        return self.packed.detach().view(torch.uint8).view(-1, 1)[: (rows * columns + 1) // 2]
+        return self.packed.detach().view(torch.uint8).view(-1, 1)[: packed_bytes(self.features, self.quantisation.mode)]
 
     def blocks(self) -> Blocks:
         """What `core.quant` works with."""
@@ -259,11 +259,16 @@ def can_quantise(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def quantise_module(
-    module: nn.Module, q: Quantisation, device: torch.device | None = None, compensate: bool = True
+    module: nn.Module,
+    q: Quantisation,
+    device: torch.device | None = None,
+    compensate: bool = True,
+    parts: dict[str, Tensor] | None = None,
 ) -> Quantised:
     """Replace the weight of a Linear or Conv1D by its codes, in place; nothing changes if it raises.
 
-    device: where to quantise, and where the codes then are. compensate: ask the adapters on it first.
+    device: where to quantise, and where the codes then are. compensate: ask the adapters on it first. parts: codes that
+    were made already.
     """
     parameter = module._parameters.get("weight")
     if parameter is None or not can_quantise(module):
@@ -273,7 +278,8 @@ def quantise_module(
         )
     weight = parameter.detach()
     matrix = oriented(module, weight if device is None else weight.to(device))
-    parts = encode(compensated(module, matrix, q) if compensate else matrix, q)
+    if parts is None:
+        parts = encode(compensated(module, matrix, q) if compensate else matrix, q)
     samples = None if weight.is_meta else sample(weight)
     module.quantisation, module.source_dtype, module.samples = q, weight.dtype, samples  # type: ignore[assignment]
     module.features, module.trained = tuple(matrix.shape), parameter.requires_grad  # type: ignore[assignment]

@@ -78,6 +78,7 @@ class Applied:
     turn: int = 0  # when it was merged, among the merges of this model
     sealed_by: str = ""  # the label that was unloaded into weights which this one had been merged into
     thawed: list[Frozen] = field(default_factory=list)  # quantised modules as they were before this was merged
+    shifted: list[tuple[Quantised, Tensor]] = field(default_factory=list)  # and their zeros, where these took it
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for placement in self.placements:

@@ -38,12 +38,14 @@ from lightning_peft.methods.parallel import ParallelAdapter
 from lightning_peft.methods.pissa import PiSSA
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
+from lightning_peft.methods.qalora import QALoRA
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.road import RoAd
 from lightning_peft.methods.said import DID, SAID
 from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.tied_lora import TiedLoRA
+from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.vb_lora import VBLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
@@ -89,12 +91,14 @@ __all__ = [
     "PiSSA",
     "PrefixTuning",
     "PromptTuning",
+    "QALoRA",
     "RandLoRA",
     "RoAd",
     "SAID",
     "SHiRA",
     "SSF",
     "TiedLoRA",
+    "TrainableTokens",
     "VBLoRA",
     "VeRA",
     "WaveFT",

@@ -13,10 +13,11 @@ from torch import nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.experts import ExpertLowRank, owners, stack_site, stacks
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
 from lightning_peft.core.low_rank import LowRank
 from lightning_peft.core.method import Scope
-from lightning_peft.core.sites import Site, Sites
+from lightning_peft.core.sites import Site, Sites, TargetError, tokens
 from lightning_peft.core.targets import Shape, matrix_shape, per_site
 
 
@@ -30,6 +31,9 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
 
     rslora: scale alpha / sqrt(rank) instead (2312.03732, theorem 3.2). lora_bias: a trained vector beside B.
     bias: which biases of the base train as well: "none", "all", or those of the "adapted" modules.
+    experts: globs of parameters (experts, ., .) that a module holds for all its experts, such as
+    "*.experts.gate_up_proj": factors of its own for each expert, experts * rank * (d_in + d_out) parameters, without
+    dropout. With targets=None nothing but these.
     ranks, alphas: pattern or role -> value, for the sites it matches; a pattern that matches no site is an error.
     """
 
@@ -41,6 +45,7 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
     rslora: bool = False
     lora_bias: bool = False
     bias: Literal["none", "all", "adapted"] = "none"
+    experts: str | list[str] | None = None
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
     alphas: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -55,6 +60,22 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.ranks.values())):
             raise FieldError(f"LoRA(init='orthogonal', rank={self.rank}, ranks={self.ranks}): the ranks must be even.")
 
+        plain = type(self).product is LoRA.product and not self.dropout and not self.lora_bias
+        if self.experts is not None and (not plain or self.init == "orthogonal"):
+            raise FieldError(
+                f"{type(self).__name__}(experts={self.experts!r}): the weights of experts take plain LoRA, without "
+                "dropout, lora_bias or another start. List a method of its own: LoRA(targets=None, experts=..., "
+                "label='experts')."
+            )
+
+    @property
+    def places(self) -> str | list[str]:
+        named = [] if self.targets is None else tokens(self.targets, "targets")
+        if not named and self.experts is None:
+            name = type(self).__name__
+            raise TargetError(f"{name}(targets=None) has no place to act. Name roles or modules, such as 'q,v'.")
+        return self.targets or [] if self.experts is None else [*named, *owners(self.experts)]
+
     @property
     def scope(self) -> Scope:
         return {"none": "nothing", "all": "model", "adapted": "targets"}[self.bias]  # type: ignore[return-value]
@@ -68,7 +89,14 @@ class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", me
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         ranks, alphas = per_site(sites, self.ranks, self.rank), per_site(sites, self.alphas, self.alpha)
+        held = {} if self.experts is None else stacks(sites.model, self.experts)
         for site, rank, alpha in zip(sites, ranks, alphas, strict=True):
+            for name, weight in held.get(id(site.module), {}).items():
+                flipped = bool(getattr(site.module, "is_transposed", False))
+                scale = self.scale(rank, alpha)
+                yield stack_site(site, name), ExpertLowRank(weight.shape, rank, scale, self.init, flipped)
+            if id(site.module) in held:
+                continue
             yield site, self.product(matrix_shape(site, type(self).__name__), rank, self.scale(rank, alpha))
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:

@@ -15,7 +15,7 @@ from lightning_peft.core.quantised import is_quantised
 from lightning_peft.planning.sizes import PlanError
 
 BITS = {"bf16": torch.bfloat16, "16": torch.float16, "fp16": torch.float16}
-QUANTISED = ("nf4", "fp4", "int8")
+QUANTISED = ("nf4", "fp4", "int8", "int4", "int3", "int2")
 NAMES = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", *QUANTISED)
 SHORT = {"32": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "fp16": "16-mixed"}
 SHORT |= {"fp16-mixed": "16-mixed", "fp16-true": "16-true", "fp32-true": "32-true"}
