@@ -17,6 +17,10 @@ _PUBLIC = {
     "CorDA": "lightning_peft.methods.corda",
     "LoRAGA": "lightning_peft.methods.lora_ga",
     "QALoRA": "lightning_peft.methods.qalora",
+    "AdaLoRA": "lightning_peft.methods.adalora",
+    "ReLoRA": "lightning_peft.methods.relora",
+    "LongLoRA": "lightning_peft.methods.longlora",
+    "LoRADropout": "lightning_peft.methods.lora_dropout",
     "BitFit": "lightning_peft.methods.bitfit",
     "LNTuning": "lightning_peft.methods.ln_tuning",
     "Houlsby": "lightning_peft.methods.houlsby",
@@ -81,6 +85,7 @@ _PUBLIC = {
     "GradientCheckpointing": "lightning_peft.gradient_checkpointing",
     "plan": "lightning_peft.planning",
     "MemoryLog": "lightning_peft.planning",
+    "lora_plus_groups": "lightning_peft.groups",
     "paged_adamw": "lightning_peft.optim",
     "paged_adamw_8bit": "lightning_peft.optim",
     "adamw_8bit": "lightning_peft.optim",
@@ -110,6 +115,7 @@ if TYPE_CHECKING:
     from lightning_peft.core.method import REGISTRY, Method, materialize
     from lightning_peft.core.sites import Site, sites
     from lightning_peft.gradient_checkpointing import GradientCheckpointing
+    from lightning_peft.groups import lora_plus_groups
     from lightning_peft.methods import (
         BOFT,
         C3A,
@@ -121,6 +127,7 @@ if TYPE_CHECKING:
         OFT,
         SAID,
         SSF,
+        AdaLoRA,
         BitFit,
         DeLoRA,
         DoRA,
@@ -137,7 +144,9 @@ if TYPE_CHECKING:
         LNTuning,
         LoHa,
         LoKr,
+        LongLoRA,
         LoRA,
+        LoRADropout,
         LoReFT,
         MiSS,
         MoRA,
@@ -147,6 +156,7 @@ if TYPE_CHECKING:
         PromptTuning,
         QALoRA,
         RandLoRA,
+        ReLoRA,
         RoAd,
         SHiRA,
         TiedLoRA,

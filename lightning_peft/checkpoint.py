@@ -100,7 +100,20 @@ def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Metho
 
 
 # fields that place adapters (the keys tell), or that matter at the start or in training only
-FREE = {"label", "seed", "init", "identity", "dropout", "keep_base", "dtype", "targets", "layers", "exclude", "roles"}
+FREE = {
+    "label",
+    "seed",
+    "init",
+    "identity",
+    "dropout",
+    "keep_base",
+    "dtype",
+    "targets",
+    "layers",
+    "exclude",
+    "roles",
+    "restarts",
+}
 
 
 def check_config(module: nn.Module, label: str, saved: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoint import BEGIN_ANEW, HIDDEN, CheckpointError, check_optimizer
+from lightning_peft.groups import lora_plus_groups as lora_plus_groups
 
 log = logging.getLogger("lightning_peft")
 

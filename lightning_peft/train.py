@@ -25,6 +25,7 @@ from lightning_peft.callback import PEFT
 from lightning_peft.checks import ConfigError, check_method
 from lightning_peft.config import build, plain
 from lightning_peft.gradient_checkpointing import configured
+from lightning_peft.groups import LoRAPlus, MakeOptimizer
 from lightning_peft.logs import closing_loggers, one_log
 
 log = logging.getLogger("lightning_peft")
@@ -77,8 +78,23 @@ def build_task(config: DictConfig, classes: Sequence[str] = ()) -> pl.LightningM
     count = {"num_classes": len(classes)} if classes else {}
     model = build(config.model, **count)
     names = {**count, "classes": list(classes)} if classes else {}
-    steps = {"optimizer": build(config.optimizer), "scheduler": build(config.scheduler)}
+    steps = {
+        "optimizer": plus(build(config.optimizer), plain(config).get("lora_plus")),
+        "scheduler": build(config.scheduler),
+    }
     return build(config.task, model=model, **steps, **names)
+
+
+def plus(optimizer: MakeOptimizer, given: Any) -> MakeOptimizer | LoRAPlus:
+    """The optimizer, or with `lora_plus` the same with a higher rate for B; a ratio, or settings of `LoRAPlus`."""
+    if given is None:
+        return optimizer
+    try:
+        return LoRAPlus(optimizer, **(given if isinstance(given, dict) else {"ratio": float(given)}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lora_plus={given!r}: {error} Known: a ratio, or {{ratio: 16, embedding_lr: 1e-6}}."
+        ) from error
 
 
 def build_loggers(config: DictConfig) -> list[Logger]:

@@ -18,6 +18,10 @@ TEXT = ("bert", "gpt2", "llama", "t5")
 HEADED = {"bert", "vit", "encoder"}  # models whose task head `heads="auto"` finds
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "adalora": {"rank": 3, "target": 2, "targets": "q,v,down"},
+    "relora": {"rank": 3, "targets": "q,v,down", "dropout": 0.0},
+    "longlora": {"rank": 3, "targets": "q,v,o", "trained": "norm"},
+    "lora_dropout": {"rank": 3, "targets": "q,v,down", "ensemble": 0, "p": 0.0},
     "bitfit": {},
     "full": {},
     "houlsby": {"bottleneck": 6},
@@ -75,6 +79,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MLP_TARGETS: dict[str, dict[str, Any]] = {
     "corda": {"targets": "mlp,lora"},
     "eva": {"targets": "mlp,lora"},
+    "adalora": {"targets": "mlp,lora"},
+    "relora": {"targets": "mlp,lora"},
+    "lora_dropout": {"targets": "mlp,lora"},
     "loftq": {"targets": "mlp,lora"},
     "lora_ga": {"targets": "mlp,lora"},
     "did": {"targets": "mlp,lora", "exclude": None},
@@ -120,6 +127,7 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("ln_tuning", "mlp"): TargetError,  # it has no norm
     ("loreft", "mlp"): TargetError,  # no blocks of a known width
     ("mam", "mlp"): TargetError,  # no attention
+    ("longlora", "mlp"): TargetError,
     ("prefix_tuning", "mlp"): TargetError,
     ("prompt_tuning", "mlp"): TargetError,  # no embeddings
     ("krona_b", "mlp"): TargetError,  # no feed-forward layer
@@ -134,6 +142,8 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
 COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "olora", "pissa"}
+# which change weights of the base for good as they go
+CHANGES_BASE = {"relora"}
 # which train over a quantised base only
 ON_CODES = {"loftq"}
 # which change what is quantised when the base is quantised around them
@@ -147,6 +157,10 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 
 # what the quick run covers: each method on the models that are hardest for it
 QUICK = {
+    "adalora": ("gpt2", "llama", "encoder"),
+    "relora": ("gpt2", "llama", "encoder"),
+    "longlora": ("gpt2", "llama", "encoder"),
+    "lora_dropout": ("gpt2", "llama", "encoder"),
     "bitfit": ("gpt2", "t5", "encoder"),
     "full": ("bert", "mlp"),
     "houlsby": ("bert", "encoder"),

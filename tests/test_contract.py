@@ -42,6 +42,10 @@ RANDOM = {
     "fourierft",
     "lokr",
     "krona",
+    "lora_dropout",
+    "longlora",
+    "relora",
+    "adalora",
     "houlsby",
     "corda",
     "eva",
@@ -69,7 +73,7 @@ RANDOM = {
     "nola",
     "qalora",
 }  # have random initial tensors
-IN_PLACE = {"bitfit", "full", "linear_probe", "ln_tuning"}  # train parameters of the base
+IN_PLACE = {"bitfit", "full", "linear_probe", "ln_tuning", "longlora"}  # train parameters of the base
 
 
 def pairs(keep: Callable[[str, str], bool] = lambda method, model: True) -> pytest.MarkDecorator:
@@ -224,7 +228,8 @@ def test_merged_equals_adapted(name: str, model: str, dtype: str) -> None:
     perturb(net)
     before, expected = snapshot(net), output(net, model)
     report = method.merge(net)
-    assert report.places == len({id(p.place) for p in state.get_applied(net).placements})
+    folded = [p for p in state.get_applied(net).placements if not p.adapter.training_only]
+    assert report.places == len({id(p.place) for p in folded})
     assert report.rounding == 0.0
     close(output(net, model), expected, 1e-5 if dtype == "float32" else 1e-10)
     method.unmerge(net)

@@ -22,6 +22,7 @@ LAYERS = {  # a file may import from its own layer's number and below
     "checkpoint": 1,
     "resume": 1,
     "kernels": 1,
+    "groups": 1,
     "precision": 2,
     "quantised_files": 3,
     "callback": 2,

@@ -42,6 +42,7 @@ class Adapter(nn.Module):
 
     additive = False  # y = base(x) + something that does not look at base(x): merging in any order is exact
     reads_weight = False  # computes with the base's weight, which nobody else may change meanwhile
+    training_only = False  # does nothing in eval mode, and to weights: merging passes it over
     follows_dtype = False  # dtype="base": cast with the model
     mirrors = False  # its weight is tied to that of another adapter of the label, which folds the change of both
     absorbed = False  # the base's codes were made for it (`compensate`), and are not the base's without it

@@ -53,7 +53,7 @@ def merge(model: nn.Module, applied: Applied, into: Into | None = None) -> Merge
         raise
     applied.cell.set(merged=True)
     applied.turn = 1 + max((a.turn for a in all_applied(model)), default=0)
-    places = len({id(placement.place) for placement in applied.placements})
+    places = len({id(placement.place) for placement in foldable(applied)})
     report = MergeReport(applied.label, places, tuple(sorted(dtypes)), max(errors))
     if report.rounding:
         log.info(
@@ -155,11 +155,16 @@ def _by_owner(applied: Applied) -> list[tuple[nn.Module, list[list[Placement]]]]
     """The modules of the base, and at each the adapters of one place after the other."""
     owners: dict[int, nn.Module] = {}
     stacks: dict[int, dict[int, list[Placement]]] = {}
-    for placement in (p for p in applied.placements if not p.adapter.mirrors):
+    for placement in (p for p in foldable(applied) if not p.adapter.mirrors):
         owner = projection.owner_of(placement.place)
         owners[id(owner)] = owner
         stacks.setdefault(id(owner), {}).setdefault(id(placement.place), []).append(placement)
     return [(owner, list(stacks[key].values())) for key, owner in owners.items()]
+
+
+def foldable(applied: Applied) -> list[Placement]:
+    """Those that change a weight."""
+    return [placement for placement in applied.placements if not placement.adapter.training_only]
 
 
 def _fold(stack: list[Placement]) -> tuple[Tensor, Tensor | None]:
@@ -190,13 +195,13 @@ def _check(model: nn.Module, applied: Applied) -> None:
             f"(enabled(False) "
             "switches it off, remove takes it away). `lightning-peft methods` lists what can be merged."
         )
-    _check_tied(model, applied)
-    _check_inner(applied)
+    check_tied(model, applied)
+    check_inner(applied)
 
 
-def _check_inner(applied: Applied) -> None:
+def check_inner(applied: Applied) -> None:
     """Folding goes from the inside out, unless both changes are plain additions."""
-    for placement in applied.placements:
+    for placement in foldable(applied):
         adapters: Any = placement.place.adapters
         for inner in adapters._modules.values():
             if inner is placement.adapter:
@@ -216,14 +221,15 @@ def _check_inner(applied: Applied) -> None:
                 )
 
 
-def _check_tied(model: nn.Module, applied: Applied) -> None:
+def check_tied(model: nn.Module, applied: Applied) -> None:
+    """Raise where a weight to fold into is another module's too."""
     owners: dict[object, set[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(storage(parameter), set()).add(name)
     mirrors = {placement.site for placement in applied.placements if placement.adapter.mirrors}
-    for placement in applied.placements:
+    for placement in foldable(applied):
         for parameter in projection.parameters_of(placement.place):
             names = owners.get(storage(parameter), set()) - mirrors
             if len(names) > 1:
@@ -279,7 +285,7 @@ def _put_back(applied: Applied) -> None:
 
 def overlap(one: Applied, other: Applied) -> bool:
     """Whether the two change entries of a weight in common; slices of it side by side do not."""
-    regions = [{projection.region(p.place) for p in applied.placements} for applied in (one, other)]
+    regions = [{projection.region(p.place) for p in foldable(applied)} for applied in (one, other)]
     for region, applied in zip(regions, (one, other), strict=True):  # blocks of a quantised weight are one thing
         region |= {(id(frozen.module), None) for frozen in applied.thawed}
         region |= {(id(module), None) for module, _ in applied.shifted}

@@ -77,6 +77,7 @@ class Method:
     dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = "float32"
 
     info: ClassVar[Info]
+    by_hand: ClassVar[bool] = False  # what `select` chooses is changed by the method itself, and gets no gradient
     unused: ClassVar[tuple[str, ...]] = ()  # common fields that mean nothing to the method
 
     @property
@@ -352,7 +353,7 @@ def _select_all(parts: tuple[Method, ...], model: nn.Module, heads: Any, keep: b
             continue
         fresh = (keep or mask is not None) and key not in originals
         original = on_cpu(getattr(module, attribute)) if fresh else originals.get(key)
-        chosen[key] = Selected(module, attribute, mask, original, head)
+        chosen[key] = Selected(module, attribute, mask, original, head, by_hand=not head and parts[0].by_hand)
     return list(chosen.values())
 
 

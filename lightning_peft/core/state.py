@@ -54,6 +54,7 @@ class Selected:
     original: Tensor | None  # on the CPU; None where the method was told not to keep it
     head: bool = False
     trained: Tensor | None = None  # the trained values, while the method is switched off
+    by_hand: bool = False  # changed by the method itself, and not by a gradient
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -85,6 +86,14 @@ class Applied:
             yield from placement.adapter.parameters()
         for selected in self.selected:
             yield selected.parameter
+
+    def by_gradient(self) -> Iterator[nn.Parameter]:
+        """Those that an optimizer is to have."""
+        for placement in self.placements:
+            yield from placement.adapter.parameters()
+        for selected in self.selected:
+            if not selected.by_hand:
+                yield selected.parameter
 
     def modules(self) -> Iterator[nn.Module]:
         """The modules of the base that this touches."""
@@ -345,7 +354,7 @@ def active(model: nn.Module) -> list[str]:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """name -> parameter for everything that the methods on this model train; shared parameters once."""
-    wanted = {id(p) for applied in all_applied(model) if applied.trainable for p in applied.parameters()}
+    wanted = {id(p) for applied in all_applied(model) if applied.trainable for p in applied.by_gradient()}
     return {name: p for name, p in model.named_parameters() if id(p) in wanted}
 
 
@@ -426,6 +435,8 @@ def masked(model: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
     chosen: dict[Key, list[Selected]] = {}
     for applied in all_applied(model):
         for selected in applied.selected if applied.trainable else []:
+            if selected.by_hand:
+                continue
             chosen.setdefault(selected.key, []).append(selected)
     for group in chosen.values():
         masks = [selected.mask for selected in group]
@@ -555,4 +566,6 @@ def table(model: nn.Module) -> str:
 
 
 def _count(selected: Selected) -> int:
+    if selected.by_hand:
+        return 0
     return int(selected.mask.sum()) if selected.mask is not None else selected.parameter.numel()

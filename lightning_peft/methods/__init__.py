@@ -1,5 +1,6 @@
 """One file a method. Importing this package fills the registry; the list below is the only other thing to touch."""
 
+from lightning_peft.methods.adalora import AdaLoRA
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
@@ -23,7 +24,9 @@ from lightning_peft.methods.ln_tuning import LNTuning
 from lightning_peft.methods.loftq import LoftQ
 from lightning_peft.methods.loha import LoHa
 from lightning_peft.methods.lokr import LoKr
+from lightning_peft.methods.longlora import LongLoRA
 from lightning_peft.methods.lora import LoRA
+from lightning_peft.methods.lora_dropout import LoRADropout
 from lightning_peft.methods.lora_fa import LoRAFA
 from lightning_peft.methods.lora_ga import LoRAGA
 from lightning_peft.methods.loreft import LoReFT
@@ -40,6 +43,7 @@ from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.qalora import QALoRA
 from lightning_peft.methods.randlora import RandLoRA
+from lightning_peft.methods.relora import ReLoRA
 from lightning_peft.methods.road import RoAd
 from lightning_peft.methods.said import DID, SAID
 from lightning_peft.methods.shira import SHiRA
@@ -51,6 +55,7 @@ from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
 
 __all__ = [
+    "AdaLoRA",
     "BOFT",
     "BitFit",
     "C3A",
@@ -76,10 +81,12 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRADropout",
     "LoRAFA",
     "LoRAGA",
     "LoReFT",
     "LoftQ",
+    "LongLoRA",
     "MAM",
     "MiSS",
     "MoRA",
@@ -93,6 +100,7 @@ __all__ = [
     "PromptTuning",
     "QALoRA",
     "RandLoRA",
+    "ReLoRA",
     "RoAd",
     "SAID",
     "SHiRA",

@@ -18,6 +18,7 @@ HOMES = {
     "constant": "optimisation",
     "cosine_warmup": "optimisation",
     "hf": "models",
+    "jagged_cosine": "optimisation",
     "linear_warmup": "optimisation",
     "minilm": "models",
     "parameter_groups": "optimisation",

@@ -1,44 +1,19 @@
-"""What an optimizer is given, and learning rates over the steps of a run."""
+"""Learning rates over the steps of a run; what an optimizer is given is in `lightning_peft.groups`."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
-"""parameter groups -> optimizer, such as `partial(AdamW, lr=1e-3)`"""
+from lightning_peft.groups import MakeOptimizer
+from lightning_peft.groups import parameter_groups as parameter_groups
 
 MakeScheduler = Callable[..., LRScheduler]
 """(optimizer, total_steps=...) -> scheduler, stepped after every optimizer step"""
 
 DEFAULT_OPTIMIZER: MakeOptimizer = partial(AdamW, lr=1e-3, weight_decay=0.01)
-
-
-def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices: not for biases, scales and other vectors, nor in normalisation layers."""
-    return parameter.ndim > 1 and not name.endswith("bias") and "norm" not in type(owner).__name__.lower()
-
-
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """The parameters that train, each once: first those that decay, then the others with weight_decay=0."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    seen: set[int] = set()
-    for owner in module.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                groups[decays(owner, name, parameter)].append(parameter)
-    if not seen:
-        raise ValueError(
-            f"No parameter of {type(module).__name__} requires a gradient, so there is nothing to train. A PEFT"
-            " callback switches on what it trains; without one, call module.requires_grad_(True) on the part to train."
-        )
-    full: list[dict[str, Any]] = [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
-    return [group for group in full if group["params"]]
 
 
 def warmup_steps(total_steps: float, warmup: float) -> float:
@@ -75,6 +50,45 @@ def linear_warmup(optimizer: Optimizer, total_steps: float, warmup: float = 0.06
 def cosine_warmup(optimizer: Optimizer, total_steps: float, warmup: float = 0.06) -> LRScheduler:
     """lr(t) = lr (t + 1) / w, then lr (1 + cos(pi (t - w) / (T - w))) / 2, w = warmup T"""
     return LambdaLR(optimizer, partial(cosine_factor, total=total_steps, warm=warmup_steps(total_steps, warmup)))
+
+
+def jagged_factor(step: int, total: float, warm: float, cycle: int, again: int, floor: float) -> float:
+    """What `jagged_cosine` multiplies lr with."""
+    if step < warm:
+        return rise(step, warm)
+    start, since = step - step % cycle, step % cycle
+    after = step >= cycle and since < again
+    done = min(1.0, max(0.0, ((start + again if after else step) - warm) / max(1, total - warm)))
+    level = floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+    return rise(since, again) * level if after else level
+
+
+def jagged_cosine(
+    optimizer: Optimizer,
+    total_steps: float,
+    cycle: int,
+    warmup: float = 500,
+    restart_warmup: int = 100,
+    floor: float = 0.1,
+) -> LRScheduler:
+    """lr(t) = lr (floor + (1 - floor) (1 + cos(pi (t - w) / (T - w))) / 2), risen anew after each `cycle` steps
+
+    For ReLoRA: at the start over `warmup` steps (or a share of the run), after each restart over `restart_warmup`
+    steps, in a straight line to where the cosine is by then. https://arxiv.org/abs/2307.05695
+    """
+    if not 0 <= restart_warmup < cycle or not 0 <= floor <= 1 or warmup_steps(total_steps, warmup) > cycle:
+        raise ValueError(
+            f"cycle={cycle}, restart_warmup={restart_warmup}, warmup={warmup}, floor={floor}: give a floor from 0 to 1,"
+            " and warm-ups that are shorter than a cycle."
+        )
+    if total_steps % cycle:
+        raise ValueError(
+            f"A run of {total_steps} steps is no whole number of cycles of {cycle}: it would end in mid-cycle. Set"
+            f" max_steps to a multiple of cycle={cycle}."
+        )
+    warm = warmup_steps(total_steps, warmup)
+    factor = partial(jagged_factor, total=total_steps, warm=warm, cycle=cycle, again=restart_warmup, floor=floor)
+    return LambdaLR(optimizer, factor)
 
 
 def constant(optimizer: Optimizer, total_steps: float | None = None, warmup: int = 0) -> LRScheduler:

@@ -9,12 +9,11 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import override
 
+from lightning_peft.groups import LoRAPlus, MakeOptimizer, optimizer_of
 from lightning_peft.tasks.optimisation import (
     DEFAULT_OPTIMIZER,
-    MakeOptimizer,
     MakeScheduler,
     linear_warmup,
-    parameter_groups,
 )
 
 Batch = dict[str, Tensor] | list[Tensor] | tuple[Tensor, ...]
@@ -30,7 +29,7 @@ class Task(LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: MakeOptimizer | None = None,
+        optimizer: MakeOptimizer | LoRAPlus | None = None,
         scheduler: MakeScheduler | None = None,
     ) -> None:
         super().__init__()
@@ -39,7 +38,7 @@ class Task(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(parameter_groups(self))
+        optimizer = optimizer_of(self, self.make_optimizer)
         scheduler = self.make_scheduler(optimizer, total_steps=self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -81,7 +80,7 @@ class Classification(Task):
         self,
         model: nn.Module,
         num_classes: int,
-        optimizer: MakeOptimizer | None = None,
+        optimizer: MakeOptimizer | LoRAPlus | None = None,
         scheduler: MakeScheduler | None = None,
         classes: list[str] | None = None,
         label_smoothing: float = 0.0,
