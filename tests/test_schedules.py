@@ -832,7 +832,7 @@ def test_rows_and_columns_are_dropped_once_a_forward_for_all_tokens(rescale: boo
         change = (net(x) - F.linear(x, net.proj.weight, net.proj.bias)).T  # (d_out, d_in)
         whole = 2 * adapter.b @ adapter.a
         rows, columns = (change != 0).any(1), (change != 0).any(0)
-        torch.testing.assert_close(change, gain**2 * (rows[:, None] * whole * columns), atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(change, gain**2 * whole * (rows[:, None] & columns), atol=1e-12, rtol=1e-10)
         counts += torch.tensor([rows.float().mean(), columns.float().mean()])
     assert ((counts / 200 - 0.75).abs() < 0.05).all()
     loss = net(x).square().sum()
