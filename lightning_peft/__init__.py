@@ -43,6 +43,7 @@ _PUBLIC = {
     "KronA": "lightning_peft.methods.krona",
     "LoKr": "lightning_peft.methods.lokr",
     "MoRA": "lightning_peft.methods.mora",
+    "ReMoRA": "lightning_peft.methods.remora",
     "FourierFT": "lightning_peft.methods.fourierft",
     "GLoRA": "lightning_peft.methods.glora",
     "WaveFT": "lightning_peft.methods.waveft",

@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "krona": {"targets": "q,k,v,down", "scale": 2.0},
     "lokr": {"targets": "q,k,v,down", "rank": 2},
     "mora": {"targets": "q,k,v,down", "rank": 2},
+    "remora": {"targets": "q,k,v,down", "rank": 2},
     "fourierft": {"targets": "q,k,v,down", "count": 12, "scale": 9.0},
     "glora": {"targets": "q,v,down", "rank": 2, "d": "none"},
     "waveft": {"targets": "q,k,v,down", "count": 12, "wavelet": "db2"},
@@ -90,6 +91,7 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "glora": {"targets": "mlp,lora"},
     "fourierft": {"targets": "mlp,lora"},
     "mora": {"targets": "mlp,lora"},
+    "remora": {"targets": "mlp,lora"},
     "lokr": {"targets": "mlp,lora"},
     "krona": {"targets": "mlp,lora"},
     "lora": {"targets": "mlp,lora"},
@@ -143,7 +145,7 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
 COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "olora", "pissa"}
 # which change weights of the base for good as they go
-CHANGES_BASE = {"relora"}
+CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only
 ON_CODES = {"loftq"}
 # which change what is quantised when the base is quantised around them
@@ -180,6 +182,7 @@ QUICK = {
     "krona": ("gpt2", "llama"),
     "lokr": ("encoder", "t5"),
     "mora": ("gpt2", "t5"),
+    "remora": ("gpt2", "t5"),
     "fourierft": ("llama", "encoder"),
     "glora": ("gpt2", "encoder"),
     "waveft": ("gpt2", "llama"),

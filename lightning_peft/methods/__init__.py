@@ -44,6 +44,7 @@ from lightning_peft.methods.prompt_tuning import PromptTuning
 from lightning_peft.methods.qalora import QALoRA
 from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.relora import ReLoRA
+from lightning_peft.methods.remora import ReMoRA
 from lightning_peft.methods.road import RoAd
 from lightning_peft.methods.said import DID, SAID
 from lightning_peft.methods.shira import SHiRA
@@ -101,6 +102,7 @@ __all__ = [
     "QALoRA",
     "RandLoRA",
     "ReLoRA",
+    "ReMoRA",
     "RoAd",
     "SAID",
     "SHiRA",
