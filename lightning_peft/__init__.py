@@ -21,6 +21,7 @@ _PUBLIC = {
     "ReLoRA": "lightning_peft.methods.relora",
     "LongLoRA": "lightning_peft.methods.longlora",
     "LoRADropout": "lightning_peft.methods.lora_dropout",
+    "LQLoRA": "lightning_peft.methods.lqlora",
     "BitFit": "lightning_peft.methods.bitfit",
     "LNTuning": "lightning_peft.methods.ln_tuning",
     "Houlsby": "lightning_peft.methods.houlsby",
@@ -78,6 +79,7 @@ _PUBLIC = {
     "NF4Precision": "lightning_peft.precision",
     "NF4FSDPPrecision": "lightning_peft.precision",
     "quantise": "lightning_peft.precision",
+    "quantise_within": "lightning_peft.budget",
     "gptq": "lightning_peft.calibration",
     "dequantise": "lightning_peft.precision",
     "empty_weights": "lightning_peft.quantised_files",
@@ -108,6 +110,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from lightning_peft.budget import quantise_within
     from lightning_peft.calibration import gptq
     from lightning_peft.callback import PEFT
     from lightning_peft.checkpoint import load_checkpoint
@@ -155,6 +158,7 @@ if TYPE_CHECKING:
         LoRAFA,
         LoRAGA,
         LoReFT,
+        LQLoRA,
         MiSS,
         MoRA,
         MultiLoRA,

@@ -175,13 +175,12 @@ class Undo:
             restore_floats(module, kind, parameter)
         for adapter, tensors in self.tensors:
             adapter.load_state_dict(tensors)
+            vars(adapter).pop("absorbed", None)
 
 
 def compensating(module: nn.Module) -> list[Adapter]:
-    """The adapters on it that may replace what is quantised."""
-    container = module._modules.get("adapters")
-    found = [a for a in container.children() if isinstance(a, Adapter)] if container is not None else []
-    return [a for a in found if type(a).compensate is not Adapter.compensate]
+    """The adapters on it, and on slices of it, that may replace what is quantised."""
+    return [a for a in module.modules() if isinstance(a, Adapter) and type(a).compensate is not Adapter.compensate]
 
 
 def dequantise(model: nn.Module, dtype: Dtype | torch.dtype = "bfloat16") -> int:

@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eva": {"rank": 3, "targets": "q,v"},
     "loftq": {"rank": 3, "targets": "q,v", "iterations": 2},
     "lora_ga": {"rank": 3, "targets": "q,v"},
+    "lqlora": {"rank": 3, "targets": "q,v", "iterations": 3},
     "lora": {"rank": 3, "targets": "q,k,v,down"},
     "loreft": {"rank": 3, "first": 2, "last": 2},
     "mam": {"length": 3, "bottleneck": 6},
@@ -94,6 +95,7 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "remora": {"targets": "mlp,lora"},
     "lokr": {"targets": "mlp,lora"},
     "krona": {"targets": "mlp,lora"},
+    "lqlora": {"targets": "mlp,lora"},
     "lora": {"targets": "mlp,lora"},
     "olora": {"targets": "mlp,lora"},
     "pissa": {"targets": "mlp,lora"},
@@ -156,6 +158,9 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
     **{("glora", m): NotMergeableError for m in ("llama", "t5", "mlp")},  # and so do its C and E
     **{(name, "encoder"): NotMergeableError for name in ("said", "did")},  # it moves packed attention as one
 }
+COLLAPSED = {"loftq", "lqlora", "loreft", "olora", "pissa"}
+# which change what is quantised when the base is quantised around them
+COMPENSATING = {"loftq", "lqlora", "olora", "pissa"}
 
 # what the quick run covers: each method on the models that are hardest for it
 QUICK = {
@@ -173,6 +178,7 @@ QUICK = {
     "eva": ("gpt2", "llama"),
     "loftq": ("gpt2", "mlp"),
     "lora_ga": ("gpt2", "t5"),
+    "lqlora": ("gpt2", "llama"),
     "lora": ("gpt2", "llama", "encoder"),
     "loreft": ("bert", "t5"),
     "mam": ("t5", "vit"),

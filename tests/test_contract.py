@@ -55,6 +55,7 @@ RANDOM = {
     "hra",
     "lora",
     "lora_ga",
+    "lqlora",
     "loreft",
     "mam",
     "parallel",

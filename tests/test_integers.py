@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,18 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 import zoo
+from boring import Boring, data, trainer
 from harness import differences, perturb, snapshot
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft import (
     LoftQ,
     LoRA,
+    LQLoRA,
+    NF4Precision,
     PiSSA,
     QALoRA,
     TrainableTokens,
@@ -27,16 +34,21 @@ from lightning_peft import (
     load_adapter,
     load_quantised,
     quantise,
+    quantise_within,
     save_adapter,
     save_quantised,
 )
+from lightning_peft.budget import fisher
 from lightning_peft.calibration import rounded
 from lightning_peft.core import state
+from lightning_peft.core.codes import Quantisation
 from lightning_peft.core.experts import Factored
 from lightning_peft.core.fields import FieldError
+from lightning_peft.core.lq import Scheme, allocate, decompose
 from lightning_peft.core.merge import MergeError
-from lightning_peft.core.quant import QuantisationError, dequantise_integers
+from lightning_peft.core.quant import QuantisationError, codebook, dequantise_integers
 from lightning_peft.core.sites import TargetError
+from lightning_peft.precision import footprint
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -650,3 +662,183 @@ def test_experts_that_are_not_there() -> None:
             method(experts=STACKS, **fields)
     with pytest.raises(TargetError, match="no place to act"):
         LoRA(targets=None).apply(mixture())
+
+
+# ------------------------------------------------------------------ LQ-LoRA
+SMALL = Scheme(3, 4, "float32", 16, 16)
+
+
+def test_the_codes_of_lqlora() -> None:
+    """Scales: the least taken off, unsigned, the largest of a block exact; weights divided by what comes back."""
+    assert Scheme(4, 8, "float32", 64, 256).per_parameter == pytest.approx(4.127, abs=1e-3)
+    assert Scheme(3, 8, "float32", 64, 256).per_parameter == pytest.approx(3.127, abs=1e-3)
+    weight = draw(32, 64).float()
+    found, book = SMALL(weight), codebook("nf3")
+    blocks = weight.view(-1, 16)
+    scales = blocks.abs().amax(1)
+    expected = []
+    for n, block in enumerate(blocks):
+        group = scales[n // 16 * 16 : n // 16 * 16 + 16] - scales.min()
+        scale = ((scales[n] - scales.min()) / group.max() * 15).round() / 15 * group.max() + scales.min()
+        nearest = ((block / scale)[:, None] - book).abs().argmin(1)
+        expected.append(book[nearest] * scale)
+    close(found, torch.stack(expected).view_as(weight), 1e-5)
+    assert torch.equal(Scheme(2, 2, "bfloat16", 16, 16)(torch.zeros(16, 16)), torch.zeros(16, 16))
+    with pytest.raises(QuantisationError, match="no multiple"):
+        SMALL(draw(3, 5))
+    with pytest.raises(QuantisationError, match="expected 2, 3, 4 or 8"):
+        Scheme(5)
+
+
+def test_the_decomposition_keeps_the_best_iterate() -> None:
+    weight = draw(48, 64).float()
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    one = decompose(weight, 4, SMALL, iterations=1)
+    close(one.left @ one.right, (u[:, :4] * s[:4]) @ vt[:4], 1e-4)
+    close(one.quantised, SMALL(weight - one.left @ one.right), 1e-6)
+    errors = [decompose(weight, 4, SMALL, iterations=n).error for n in (1, 2, 3, 5, 100)]
+    assert errors == sorted(errors, reverse=True)
+    best = decompose(weight, 4, SMALL)
+    assert best.error == pytest.approx(float((weight - best.quantised - best.left @ best.right).norm()), rel=1e-5)
+    assert best.error < float((weight - SMALL(weight)).norm())
+
+
+def test_fisher_information_weights_the_decomposition() -> None:
+    weight = draw(48, 64).float()
+    f = draw(48, 1, seed=1).float().exp() ** 3 * draw(1, 64, seed=2).float().exp() ** 3
+    plain, aware = decompose(weight, 4, SMALL), decompose(weight, 4, SMALL, f)
+    lost = [float((f.sqrt() * (weight - x.quantised - x.left @ x.right)).norm()) for x in (aware, plain)]
+    assert aware.error == pytest.approx(lost[0], rel=1e-5)
+    assert lost[0] < 0.8 * lost[1]
+    one = decompose(weight, 4, SMALL, f, iterations=1)  # F of rank one: the surrogate is exact
+    u, s, vt = torch.linalg.svd(f.sqrt() * weight, full_matrices=False)
+    product = f.sqrt() * (one.left @ one.right)
+    assert (product - (u[:, :4] * s[:4]) @ vt[:4]).norm() < 1e-3 * product.norm()
+    f[3], f[:, 5] = 0, 0  # the authors' code divides by zero there
+    for x in (decompose(weight, 4, SMALL, f), decompose(weight, 4, SMALL, torch.zeros_like(f))):
+        assert torch.isfinite(x.left @ x.right + x.quantised).all()
+
+
+def test_bits_are_given_out_exactly() -> None:
+    pytest.importorskip("scipy")
+    errors, bits, sizes = draw(4, 3).abs().tolist(), [[2.5, 3.5, 8.0]] * 4, [10, 20, 30, 40]
+    errors[1][0] = float("inf")
+    for budget in (3.0, 4.0, 5.5, 8.0):
+        every = []
+        for pick in itertools.product(range(3), repeat=4):
+            if sum(sizes[m] * bits[m][c] for m, c in enumerate(pick)) <= budget * 100:
+                every.append((sum(errors[m][c] for m, c in enumerate(pick)), list(pick)))
+        assert allocate(errors, bits, sizes, budget) == min(every)[1]
+    with pytest.raises(QuantisationError, match=r"at least 2\.700"):
+        allocate(errors, bits, sizes, 2.6)
+
+
+GRID = [Quantisation("int2", 16), Quantisation("int3", 16), Quantisation("int4", 16), Quantisation("nf4", 32)]
+
+
+def left_over(net: nn.Module, base: nn.Module) -> float:
+    """Sum of |W - Q - s B A|^2"""
+    total = 0.0
+    for x in state.get_applied(net).placements:
+        columns = vars(x.place).get("columns")
+        owner, before = vars(x.place).get("owner", x.place), base.get_submodule(x.site).weight.detach()
+        gap = before - owner.weight.detach()
+        gap = gap if columns is None else columns.take(gap.T, 0)
+        total += float((gap - x.adapter.scale * x.adapter.b @ x.adapter.a).detach().square().sum())
+    return total
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_budget_is_met_and_no_worse_than_one_configuration_for_all(name: str) -> None:
+    pytest.importorskip("scipy")
+    targets, base = ("all-linear", zoo.build(name)) if name == "llama" else ("q,v", zoo.build(name))
+    with torch.no_grad():
+        for number, p in enumerate(base.parameters()):
+            p.mul_(1 + number % 5)  # weights that are worth more than others
+    found = {}
+    for budget in (None, 6.5, 7.2, 8.5):
+        net = copy.deepcopy(base)
+        LQLoRA(targets=targets, rank=2, iterations=4, heads=None).apply(net)
+        if budget is None:
+            quantise(net, GRID[1], targets=targets if name == "llama" else "*.c_attn")
+        else:
+            configurations = quantise_within(net, budget, configurations=GRID)
+            assert set(configurations.values()) <= set(GRID)
+        sizes = footprint(net)
+        mean = 8 * (sizes["codes"] + sizes["constants"]) / sizes["parameters"]
+        assert budget is None or mean <= budget
+        found[budget or round(mean, 3)] = left_over(net, base)
+    assert found[7.0] >= found[7.2]
+    assert found[6.5] >= found[7.2] >= found[8.5]
+    assert found[6.5] > found[8.5]
+    net(**zoo.inputs(name)).logits.sum().backward()
+
+
+def test_fisher_information_of_a_model_is_taken_and_used() -> None:
+    pytest.importorskip("scipy")
+
+    def loss(net: nn.Module, batch: Tensor) -> Tensor:
+        return net(batch).square().mean()
+
+    nets, batches = [One("conv1d"), One("conv1d")], [draw(1, 64, seed=n).float() * torch.arange(64) for n in range(6)]
+    for net in nets:
+        LQLoRA(targets="proj", rank=4, heads=None).apply(net)
+    (f,) = fisher(nets[0], batches, loss).values()
+    expected = torch.zeros(64, 40)
+    for batch in batches:
+        leaf = nets[0].proj.weight.detach().clone().requires_grad_()
+        y = batch @ leaf + nets[0].proj.bias
+        expected += torch.autograd.grad(y.square().mean(), leaf)[0].square() / 6
+    torch.testing.assert_close(f, expected.T, rtol=1e-4, atol=1e-4)
+    assert not nets[0].proj.weight.requires_grad
+    quantise_within(nets[0], 8, configurations=GRID[1:2], fisher={id(nets[0].proj): f})
+    quantise_within(nets[1], 8, configurations=GRID[1:2])
+    lost = []
+    for net in nets:
+        adapter = net.get_submodule("proj.adapters.lqlora")
+        gap = draw(40, 64).float() - net.proj.weight.T - adapter.scale * adapter.b @ adapter.a
+        lost.append(float((f.sqrt() * gap).detach().norm()))
+    assert lost[0] < 0.95 * lost[1]
+
+
+def test_what_a_budget_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = One()
+    LoRA(targets="proj", heads=None).apply(net)
+    with pytest.raises(QuantisationError, match="are for LQLoRA"):
+        quantise_within(net, 4.0)
+    tied_net = zoo.build("gemma")
+    LQLoRA(targets="lm_head", heads=None).apply(tied_net)
+    with pytest.raises(QuantisationError, match="(?s)cannot be quantised|to quantise"):
+        quantise_within(tied_net, 4.0)
+    net = One()
+    LQLoRA(targets="proj", heads=None).apply(net)
+    before = snapshot(net)
+    with pytest.raises(QuantisationError, match="cannot be met"):
+        quantise_within(net, 1.0, configurations=[*GRID, Quantisation("int2", 48)])
+    assert differences(before, snapshot(net)) == []
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ImportError, match="pip install scipy"):
+        quantise_within(net, 4.0, configurations=GRID)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*shuffling enabled",
+    "ignore:The dirpath has changed",
+    "ignore:You're resuming from a checkpoint that ended before",
+)
+def test_qalora_in_a_trainer_over_integers(tmp_path: Path) -> None:
+    def run(ckpt: Path | None = None) -> Boring:
+        module, plugin = Boring(), NF4Precision(mode="int4", blocksize=8, compute_dtype="float32")
+        keep = ModelCheckpoint(tmp_path / str(ckpt is None), "{step}", every_n_train_steps=2, save_top_k=-1)
+        callbacks = [QALoRA(targets="q,v", rank=2, group=8), keep]
+        fit = trainer(tmp_path, callbacks, max_steps=4, plugins=[plugin])
+        fit.fit(module, data(), data(6), ckpt_path=ckpt, weights_only=None if ckpt is None else True)
+        return module
+
+    seed_everything(3)
+    through = run()
+    one, two = state.saved(through), state.saved(run(tmp_path / "True" / "step=2.ckpt"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    applied = state.get_applied(through)
+    assert applied.method.merge(through).dtypes == ("int4",)

@@ -1992,7 +1992,7 @@ def test_a_weight_that_is_assigned_is_used_or_refused() -> None:
     ("options", "message"),
     [
         ({"mode": "nf5"}, "mode='nf5' is unknown. Known: nf4, fp4, int8"),
-        ({"mode": "int4"}, "mode='int4' is unknown"),
+        ({"mode": "int5"}, "mode='int5' is unknown"),
         ({"blocksize": 63}, "blocksize=63 is unknown. Known: 16, 32, 64"),
         ({"blocksize": "64"}, "blocksize='64' is unknown"),
         (

@@ -30,6 +30,7 @@ from lightning_peft.methods.lora_dropout import LoRADropout
 from lightning_peft.methods.lora_fa import LoRAFA
 from lightning_peft.methods.lora_ga import LoRAGA
 from lightning_peft.methods.loreft import LoReFT
+from lightning_peft.methods.lqlora import LQLoRA
 from lightning_peft.methods.mam import MAM
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.mora import MoRA
@@ -78,6 +79,7 @@ __all__ = [
     "KronAB",
     "KronABRes",
     "LNTuning",
+    "LQLoRA",
     "LinearProbe",
     "LoHa",
     "LoKr",

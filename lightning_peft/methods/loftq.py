@@ -78,8 +78,8 @@ class LoftQ(StartedLoRA, name="loftq", family="reparametrisation", paper="2310.0
         placements = state.get_applied(pl_module, self.name_on_model).placements
         if plain := sorted({x.site for x in placements if not x.adapter.absorbed}):
             raise LifeCycleError(
-                f"LoftQ makes up for what quantising takes away, and {len(plain)} of {len(placements)} weights were "
-                f"not quantised around it ({plain[:3]}). Add NF4Precision (precision=nf4), target only what it "
-                "quantises, or use LoRA or PiSSA."
+                f"{type(self).__name__} makes up for what quantising takes away, and {len(plain)} of {len(placements)} "
+                f"weights were not quantised around it ({plain[:3]}). Add NF4Precision (precision=nf4), target only "
+                "what it quantises, or use LoRA or PiSSA."
             )
         super().on_fit_start(trainer, pl_module)
