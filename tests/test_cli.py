@@ -165,7 +165,7 @@ def test_a_sweep(capsys):
     assert all((Path("sweep") / job / name).is_file() for job in "01" for name in FILES)
 
 
-@pytest.mark.parametrize("sweep", ["peft=lora,lroa", "peft.rank=1,2,x", "peft=["])
+@pytest.mark.parametrize("sweep", ["peft=lora,lorra", "peft.rank=1,2,x", "peft=["])
 def test_a_sweep_is_checked_before_its_first_job(sweep, capsys):
     assert cli.main([*TEXT, "--multirun", sweep, "hydra.sweep.dir=unchecked"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -372,7 +372,7 @@ def test_only_the_first_process_reports(monkeypatch):
         (["train", "--foo"], 2, "--foo"),
         (["train", "--cfg", "foo"], 2, "invalid choice"),
         (["predict"], 2, "--run"),
-        (["train", "peft=lroa"], 1, "Did you mean 'lora'"),
+        (["train", "peft=lorra"], 1, "Did you mean 'lora'"),
         (["train", "peft.rank=abc"], 1, "Integer"),
         (["train", "keep=worst", "model=tiny_bert", "hydra.run.dir=worst"], 1, "keep='worst'.*best, last"),
         (["train", "--config-dir", "nope"], 1, "no directory"),
@@ -400,7 +400,7 @@ def test_help_lists_the_choices(capsys):
 def test_trace(monkeypatch):
     monkeypatch.setenv("LIGHTNING_PEFT_TRACE", "1")
     with pytest.raises(ConfigError):
-        cli.main(["train", "peft=lroa"])
+        cli.main(["train", "peft=lorra"])
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -756,7 +756,7 @@ def test_the_command_searches_and_draws(
     ("words", "expected"),
     [
         (["model=hf"], "model.name"),
-        (["peft=lroa"], "Did you mean 'lora'"),
+        (["peft=lorra"], "Did you mean 'lora'"),
         (["--fit", "3x"], "'3x' is no size of memory"),
         (["--fit", "600MB", *LANGUAGE[1:]], "Nothing fits 600MB"),
         (["--multirun", "seed=0,1"], "leave --multirun out"),
