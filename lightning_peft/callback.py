@@ -292,7 +292,8 @@ def check_equal_across_ranks(module: nn.Module, names: list[str]) -> None:
     """Raise where ranks hold different values under these names: nothing would ever make them equal."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    parameters = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    parameters: dict[str, Tensor] = dict(module.named_buffers(remove_duplicate=False))  # a shared one by any name
+    parameters |= dict(module.named_parameters(remove_duplicate=False))
     mine = {name: state.fingerprint([(name, parameters[name])], samples=64) for name in names}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

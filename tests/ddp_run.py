@@ -1,4 +1,4 @@
-"""One training run on `processes` CPU processes; writes what each rank ends with. Started by test_ddp.py."""
+"""Training runs on `processes` CPU processes; writes what each rank ends with. Started by test_ddp.py."""
 
 import sys
 from pathlib import Path
@@ -8,15 +8,23 @@ import boring
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from settings import make
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import LoRA, PEFTDDPStrategy, PEFTSingleDeviceStrategy
 from lightning_peft.callback import PEFT
+from lightning_peft.core.method import REGISTRY
 
 
-def main(directory: str, how: str, processes: int) -> None:
+def main(directory: str, hows: str, processes: int) -> None:
     torch.set_num_threads(1)
+    for how in hows.split(","):
+        one(str(Path(directory, how)), how, processes)
+
+
+def one(directory: str, how: str, processes: int) -> None:
+    Path(directory).mkdir(exist_ok=True)
     pl.seed_everything(0, verbose=False)
     module = boring.Boring(dropout=0.0, optimizer="sgd")
     if how == "unequal":  # a base that differs from rank to rank
@@ -24,7 +32,7 @@ def main(directory: str, how: str, processes: int) -> None:
 
         with torch.no_grad():
             module.net.bert.embeddings.word_embeddings.weight.add_(int(os.environ.get("LOCAL_RANK", 0)))
-    lora = LoRA(rank=2)
+    lora: PEFT = make(how, "bert") if how in REGISTRY else LoRA(rank=2)
     callbacks: list[pl.Callback] = [] if how == "strategy" else [lora]
     watch = Watch()
     callbacks.append(watch)
@@ -83,7 +91,7 @@ class Share(pl.LightningDataModule):
 
 
 def strategy(how: str, processes: int, lora: PEFT) -> object:
-    if how in ("callback", "unequal"):
+    if how in ("callback", "unequal") or how in REGISTRY:
         return "ddp" if processes > 1 else "auto"
     if how == "registered":
         return "peft_ddp" if processes > 1 else "peft_single_device"

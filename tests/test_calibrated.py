@@ -10,9 +10,12 @@ import torch
 import zoo
 from boring import Boring, data, trainer
 from harness import adapter_parameters, output, perturb
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_peft import EVA, CorDA, LoRA, LoRAGA, load_adapter, save_adapter
 from lightning_peft.callback import LifeCycleError
@@ -279,3 +282,69 @@ def test_places_and_values_that_make_no_sense() -> None:
     for call in (lambda: EVA(batches=0), lambda: LoRAGA(gamma=0)):
         with pytest.raises(FieldError):
             call()
+
+
+# ------------------------------------------------------------------ what a user's module does
+class Floats(LightningModule):
+    """Regression with batches of floats."""
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        self.how, self.net, self.error = how, Net(), MeanMetric()
+        self.automatic_optimization = how != "manual"
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return dict(zip(("x", "goal"), batch, strict=True))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.how == "checkpointed":
+            loss = checkpoint(self.net, batch["x"], batch["goal"], use_reentrant=False)
+        else:
+            loss = self.net(**batch)
+        self.error(loss.detach().float())
+        self.log("error", self.error, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
+
+
+def run_fit(method: Any, module: Floats, directory: Path, **options: Any) -> Any:
+    """The adapter after one epoch of 4 batches."""
+    loader = DataLoader(TensorDataset(*map(torch.cat, zip(*batches(), strict=True))), batch_size=30)
+    run = trainer(directory, [method], **options)
+    run.fit(module, loader)
+    vars(module)["seen"] = run.callback_metrics
+    return module.get_submodule(f"net.proj.adapters.{method.info.name}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_come_as_in_training_and_leave_no_metric(method: type[CalibratedLoRA], tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"targets": "net.proj", "rank": 3, "alpha": 6, "heads": None}
+    module, base = Floats(), Net()
+    adapter = run_fit(lora := method(**fields), module, tmp_path)
+    torch.testing.assert_close(adapter.a, started(method)[1].a, atol=1e-5, rtol=1e-4)  # the hooks were called
+    expected = torch.stack([base(*batch) for batch in batches()]).mean()
+    torch.testing.assert_close(module.seen["error"], expected.detach(), atol=1e-5, rtol=1e-5)
+    assert module.error.update_count in (0, 4)  # not 8
+    half = run_fit(method(**fields), Floats(), tmp_path, precision="bf16-true")
+    assert half.settled
+    assert half.a.dtype == torch.float32
+    # another module under the same callback has a start of its own
+    again = run_fit(lora, Floats(), tmp_path)
+    assert again is not adapter
+    assert again.settled
+    assert torch.equal(again.a, adapter.a)
+
+
+def test_lora_ga_through_a_checkpointed_block(tmp_path: Path) -> None:
+    """Its backward computes the block again, which is no further call."""
+    fields: dict[str, Any] = {"targets": "net.proj", "rank": 3, "heads": None}
+    plain, again = (run_fit(LoRAGA(**fields), Floats(how), tmp_path) for how in ("", "checkpointed"))
+    assert torch.equal(plain.a0, again.a0)
+    assert torch.equal(plain.b0, again.b0)
+
+
+def test_a_step_that_optimises_by_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LifeCycleError, match="automatic_optimization=False.*calibrate"):
+        run_fit(EVA(targets="net.proj", rank=3, heads=None), Floats("manual"), tmp_path)

@@ -33,7 +33,7 @@ from lightning_peft.core import state
 from lightning_peft.core.adapter import LabelError, NotMergeableError
 from lightning_peft.core.files import load_adapter, save_adapter
 from lightning_peft.core.merge import MergeError
-from lightning_peft.core.method import REGISTRY
+from lightning_peft.core.method import REGISTRY, materialize
 
 RANDOM = {
     "krona_b",
@@ -362,6 +362,26 @@ def test_copies_compute_the_same_and_are_independent(
     assert torch.equal(output(net, model), now)
     with method.enabled(net, False):
         assert state.active(net) == []
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name not in IN_PLACE])
+@pytest.mark.parametrize("when", ["built without memory", "lost its memory"])
+def test_materialize_draws_what_the_model_would_have_had(name: str, when: str) -> None:
+    expected, _ = adapted(name, "llama")
+    base = zoo.build("llama")
+    with torch.device("meta" if when == "built without memory" else "cpu"):
+        net = zoo.build("llama")
+    make(name, "llama").apply(net)
+    net.to("meta").to_empty(device="cpu")
+    for tensor in (*net.parameters(), *net.buffers()):
+        tensor.detach().fill_(77)
+    own = dict((*net.named_parameters(), *net.named_buffers()))
+    for known, values in (*base.named_parameters(), *base.named_buffers()):
+        own[known].detach().copy_(values)
+    materialize(net)
+    found = tensors(net)
+    assert set(found) == set(tensors(expected))
+    assert moved(tensors(expected), found) == set()
 
 
 # ------------------------------------------------------------------ switching and labels

@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 
 
 def run(directory: Path, how: str, processes: int) -> list[dict[str, Any]]:
+    """Of the last of the comma-separated runs; those before lie beside it."""
     directory.mkdir(exist_ok=True)
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -23,7 +24,11 @@ def run(directory: Path, how: str, processes: int) -> list[dict[str, Any]]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    return results(directory, how.split(",")[-1], processes)
+
+
+def results(directory: Path, how: str, processes: int) -> list[dict[str, Any]]:
+    return [torch.load(directory / how / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def test_two_processes_end_where_one_does(how: str, single: dict[str, Any], tmp_
     assert (
         first["broadcast"] == first["reduced"] == trained == 611
     )  # of 24,131: the base is neither broadcast nor reduced
-    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    saved = torch.load(tmp_path / how / "end.ckpt", weights_only=True)
     assert set(saved["state_dict"]).isdisjoint(first["frozen"])
     assert len(saved["callbacks"]["lightning_peft.lora"]["rng"]["now"]) == 2
 
@@ -49,3 +54,20 @@ def test_two_processes_end_where_one_does(how: str, single: dict[str, Any], tmp_
 def test_a_base_that_differs_between_ranks_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="holds another base than rank 0.*word_embeddings"):
         run(tmp_path, "unequal", 2)
+
+
+SHARING = "vera,randlora,vb_lora,tied_lora,nola,lora_fa,shira,delora,eva,corda,lora_ga"
+
+
+@pytest.fixture(scope="module")
+def of_methods(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("methods")
+    run(directory, SHARING, 2)
+    return directory
+
+
+@pytest.mark.parametrize("name", SHARING.split(","))
+def test_what_sites_share_and_what_is_taken_from_data_is_equal_on_all_ranks(name: str, of_methods: Path) -> None:
+    first, second = results(of_methods, name, 2)
+    assert boring.largest_difference(first["tensors"], second["tensors"]) == 0
+    assert first["broadcast"] == first["reduced"] > 0  # constants of adapters, too, are left alone

@@ -653,6 +653,24 @@ def test_tied_lora_is_untied_on_request() -> None:
     assert not torch.equal(q.a.tensor, later.a.tensor)
 
 
+class Attention(nn.Module):
+    """Projections whose names no table knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_query, self.to_value = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(("tied", "count"), [(True, 8 * 2 + 2 * 8 * 2), (False, 2 * (8 * 2 + 2 * 8 * 2))])
+def test_tied_lora_tells_layers_apart_where_no_blocks_are_known(tied: bool, count: int) -> None:
+    net = nn.Module()
+    net.first, net.second = Attention(), Attention()
+    given = {"q": "*.to_query", "v": "*.to_value"}
+    TiedLoRA(targets="q,v", roles=given, rank=2, tied=tied, heads=None).apply(net)
+    vectors = 2 * 2 + 4 * 8  # u a layer, v a site
+    assert sum(p.numel() for p in state.trainable(net).values()) == count + vectors
+
+
 def test_tied_lora_of_one_shape_class_each(tmp_path: Path) -> None:
     """All linear layers: one pair for each role and shape; frozen ones come back from files."""
     net, own = tied(targets="all-linear", train_a=False)

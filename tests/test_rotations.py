@@ -720,3 +720,18 @@ def test_places(method: PEFT, said: str) -> None:
 def test_a_turn_has_to_be_given() -> None:
     with pytest.raises(NotImplementedError, match="no turn"):
         TurnInput().turn(rows(2))
+
+
+def test_reflections_and_series_stay_in_fp32_under_autocast() -> None:
+    net = nn.Module()
+    net.p = nn.Linear(64, 64)
+    method = HRA(targets="p")
+    method.apply(net)
+    adapter: Any = net.get_submodule("p.adapters.hra")
+    nn.init.normal_(adapter.u)
+    q = skew(0.05 * torch.randn(2, 496), 32)
+    expected = *adapter.factors(), neumann(q, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = *adapter.factors(), neumann(q, 5)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

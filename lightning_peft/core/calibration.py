@@ -122,9 +122,9 @@ class Gradient(Watch):
         if y.requires_grad:
             self.calls.append((x.detach(), y))
 
-    def differentiate(self, grads: Iterable[Tensor | None]) -> None:
-        """Take the gradients of the outputs seen since the last time."""
-        for (x, _), g in zip(self.calls, grads, strict=True):
+    def differentiate(self, inputs: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
+        """Take the gradients of a batch at the outputs, and forget what was seen."""
+        for x, g in zip(inputs, grads, strict=True):
             if g is not None:
                 self.total = self.total + g.flatten(0, -2).float().T @ x.flatten(0, -2).float()
         self.count += bool(self.calls)
@@ -181,9 +181,8 @@ def calibrate(model: nn.Module, adapters: dict[str, Watched], batches: Iterable[
             adapter.watch = None
         for module, mode in modes.items():
             module.training = mode
-    if silent := [
-        name for name, watch in watches.items() if not (getattr(watch, "count", 0) or getattr(watch, "n", 0))
-    ]:
+    silent = [name for name, watch in watches.items() if not (getattr(watch, "count", 0) or getattr(watch, "n", 0))]
+    if silent := on_any_rank(silent):
         raise CalibrationError(
             f"{count} batches told nothing about {len(silent)} of {len(watches)} sites ({silent[:3]}): no rows that "
             "count, or no gradient, reached them. Give batches that use the whole model, or exclude these sites."
@@ -193,6 +192,9 @@ def calibrate(model: nn.Module, adapters: dict[str, Watched], batches: Iterable[
             watches[name].reduce()
             adapter.settle(watches.pop(name))
             adapter.settled = True
+            if distributed():  # decompositions may differ in their last bits, and nothing would make them equal later
+                for tensor in (*adapter.parameters(), *adapter.buffers()):
+                    dist.broadcast(tensor, 0)
     return count
 
 
@@ -203,15 +205,16 @@ def one(watches: list[Watch], batch: Any, index: int, run: Run) -> None:
     gradient = any(watch.of_gradient for watch in watches)
     with torch.set_grad_enabled(gradient):
         loss = run(batch, index)
-    seen = [watch for watch in watches if isinstance(watch, Gradient)]
-    outputs = [y for watch in seen for _, y in watch.calls]
+    # copies: a checkpointed block is computed again in backward, and seen again
+    seen = [(watch, list(watch.calls)) for watch in watches if isinstance(watch, Gradient)]
+    outputs = [y for _, calls in seen for _, y in calls]
     if not outputs:
         return
     if loss is None or not loss.requires_grad:
         raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
     grads = iter(torch.autograd.grad(loss, outputs, allow_unused=True))  # past the hooks on parameters
-    for watch in seen:
-        watch.differentiate([next(grads) for _ in watch.calls])
+    for watch, calls in seen:
+        watch.differentiate([x for x, _ in calls], [next(grads) for _ in calls])
 
 
 def counted(batch: Any) -> Tensor | None:
@@ -235,6 +238,15 @@ def plain_run(model: nn.Module) -> Run:
         return out if isinstance(out, Tensor) and out.dim() == 0 else getattr(out, "loss", None)
 
     return run
+
+
+def on_any_rank(names: list[str]) -> list[str]:
+    """Together, so that no rank waits for one that has raised."""
+    if not distributed():
+        return names
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, names)
+    return list(dict.fromkeys(name for theirs in everyone for name in theirs))
 
 
 def distributed() -> bool:

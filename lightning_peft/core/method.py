@@ -18,6 +18,7 @@ from typing_extensions import dataclass_transform
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter, LabelError, attach, check_label, detach
 from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.basis import Basis
 from lightning_peft.core.fields import FieldError, check_fields, unknown_field
 from lightning_peft.core.init import Draw
 from lightning_peft.core.merge import Into, MergeError, merge, seal, unmerge
@@ -631,6 +632,9 @@ def materialize(model: nn.Module) -> nn.Module:
 
     Draws the adapters' initial tensors from their seeds and notes the originals of what trains in place.
     """
+    for module in model.modules():
+        if isinstance(module, Basis):
+            module.filled = False  # what was drawn before is gone
     for applied in state.all_applied(model):
         for placement in applied.placements:
             draw(placement)

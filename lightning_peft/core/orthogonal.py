@@ -28,8 +28,9 @@ def neumann(q: Tensor, terms: int) -> Tensor:
     """`cayley` cut off after `terms` of I + 2 Q + 2 Q^2 + ... , the last with half of its weight."""
     power = q
     out = torch.zeros_like(q)
-    for _ in range(terms - 2):
-        out, power = out + 2 * power, power @ q
+    with torch.autocast(q.device.type, enabled=False):
+        for _ in range(terms - 2):
+            out, power = out + 2 * power, power @ q
     return out + power
 
 

@@ -254,13 +254,18 @@ def quantised_as(applied: Applied) -> str:
 
 
 def constant_names(model: nn.Module) -> list[str]:
-    """Names of the buffers that never change: the scales of quantised weights, and what adapters draw from seeds."""
-    names = []
+    """Names of the buffers that no forward changes: the scales of quantised weights, and all that adapters hold.
+
+    What several modules share has several names.
+    """
+    names: dict[str, None] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        held = module.constants() if isinstance(module, Quantised) else module._buffers
-        if isinstance(module, (Quantised, Basis)):
-            names += [f"{name}.{constant}".lstrip(".") for constant in held]
-    return names
+        if isinstance(module, Quantised):
+            held = list(module.constants())
+        else:
+            held = [n for n, _ in module.named_buffers()] if isinstance(module, Adapter) else []
+        names |= {f"{name}.{constant}".lstrip("."): None for constant in held}
+    return list(names)
 
 
 def verify_bases(model: nn.Module) -> None:

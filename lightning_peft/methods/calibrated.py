@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from lightning_peft.callback import LifeCycleError
 from lightning_peft.core import state
@@ -46,9 +47,14 @@ class CalibratedLoRA(StartedLoRA):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        placements = state.get_applied(pl_module, self.name_on_model).placements
-        if vars(self).get("_settled") or all(x.adapter.settled for x in placements):  # type: ignore[attr-defined]
+        if all(adapter.settled for adapter in self.watched(pl_module)):
             return
+        if not pl_module.automatic_optimization:
+            raise LifeCycleError(
+                f"{type(self).__name__} takes its start from training_step, and this one makes optimizer steps of its "
+                "own (automatic_optimization=False). Call calibrate(module, batches, run) before fit, with a run(batch,"
+                " index) that gives the loss."
+            )
         loader: Any = trainer.train_dataloader
         if isinstance(loader, (dict, list, tuple)):
             raise LifeCycleError(
@@ -56,21 +62,30 @@ class CalibratedLoRA(StartedLoRA):
                 "Call calibrate(module, batches) before fit."
             )
         with isolate_rng():
-            given = (trainer.strategy.batch_to_device(b) for b in itertools.islice(loader, self.batches))
+            given = (as_in_training(trainer, pl_module, b) for b in itertools.islice(loader, self.batches))
             with trainer.precision_plugin.train_step_context():
                 self.calibrate(pl_module, given)
-        vars(self)["_settled"] = True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "settled": bool(vars(self).get("_settled"))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        vars(self)["_settled"] = True  # what is resumed or loaded has its start
+        for adapter in self.watched(vars(self).get("_module", lambda: None)()):
+            adapter.settled = True  # what is resumed or loaded has its start
+
+    def watched(self, model: nn.Module | None) -> list[Watched]:
+        """The adapters of this method on a model."""
+        applied = None if model is None else state.applied_to(model).get(self.name_on_model)
+        return [] if applied is None else list(adapters_of(applied.placements).values())
 
 
 def adapters_of(placements: list[state.Placement]) -> dict[str, Watched]:
     return {f"{x.site} ({x.role})": x.adapter for x in placements if isinstance(x.adapter, Watched)}
+
+
+def as_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
+    """What the loop does to a batch before `training_step`: dtype, the module's hooks, device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def linear_only(shape: Shape, method: str) -> Shape:
@@ -91,7 +106,7 @@ def step_of(module: pl.LightningModule) -> Run:
 
 
 class quiet:  # noqa: N801
-    """Without the module's logging: these batches are no steps of the run."""
+    """Without the module's logging, and with its metrics cleared: these batches are no steps of the run."""
 
     def __init__(self, module: pl.LightningModule) -> None:
         self.module = module
@@ -102,6 +117,9 @@ class quiet:  # noqa: N801
     def __exit__(self, *_: object) -> None:
         for name in ("log", "log_dict"):
             vars(self.module).pop(name, None)
+        for module in self.module.modules():
+            if isinstance(module, Metric):
+                module.reset()
 
 
 def nothing(*_: Any, **__: Any) -> None:

@@ -47,7 +47,8 @@ class Reflections(TurnInput):
         p = torch.stack([2 * a, -2 * (d + d.square().sum(1, keepdim=True) * a)], 1).flatten(0, 1)
         s = torch.stack([d, b], 1).flatten(0, 1)
         pair = torch.arange(len(p), device=p.device) // 2
-        return p, s, torch.eye(len(p), dtype=p.dtype, device=p.device) - (s @ p.T) * (pair[:, None] < pair)
+        with torch.autocast(p.device.type, enabled=False):
+            return p, s, torch.eye(len(p), dtype=p.dtype, device=p.device) - (s @ p.T) * (pair[:, None] < pair)
 
     def turn(self, x: Tensor, transpose: bool = False) -> Tensor:
         p, s, m = self.factors()

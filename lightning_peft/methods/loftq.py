@@ -29,6 +29,8 @@ class Compensating(Started):
 
     def reset(self, draw: Draw) -> None:
         LowRank.reset(self, draw)
+        self.a0.zero_()
+        self.b0.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.a, self.b

@@ -108,7 +108,8 @@ class TiedLoRA(PEFT, name="tied_lora", family="reparametrisation", paper="2311.0
         """A, B, u, v for a site; those of one name are one."""
         role = site.role or ""
         family = "qkv" if role in PACKED else role
-        layer = f"{index}" if role not in PACKED else f"{site.block}/{shape.d_in}"
+        block = site.block or site.name.rpartition(".")[0]  # where no blocks are known, what holds q, k and v
+        layer = f"{index}" if role not in PACKED else f"{block}/{shape.d_in}"
         own = "" if self.tied else layer
         up = Draw.zeros if self.train_b else Draw.kaiming_uniform
         last = Draw.ones if self.train_b else Draw.zeros
