@@ -92,16 +92,16 @@ def draw(points: dict[str, tuple[int, int]]) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "rank", "svg.fonttype": "none", "font.size": 9})
-    figure, axes = plt.subplots(figsize=(8, 5.5))
-    placed: list[tuple[float, float]] = []
-    for name, (count, rank) in sorted(points.items(), key=lambda item: item[1]):
-        axes.scatter(count, rank, s=18, color=COLOURS[rank == WIDTH])
-        shift = sum(abs(count / x - 1) < 0.35 and abs(rank / y - 1) < 0.06 for x, y in placed)
-        axes.annotate(name, (count, rank), xytext=(4, 2 - 9 * shift), textcoords="offset points", fontsize=7)
-        placed.append((count, rank))
-    axes.axvline(BUDGET, color="#cbd2d9", linewidth=1, linestyle="--")
-    axes.set(xscale="log", yscale="log", xlabel=f"trained parameters (a weight has {WIDTH * WIDTH:,})")
-    axes.set(ylabel=f"rank of the change, of {WIDTH}", title="What a change of one weight can be", ylim=(1, 600))
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(8, 0.19 * len(points) + 1.2))
+    order = sorted(points, key=lambda name: (points[name][1], -points[name][0], name))
+    titles = (f"trained parameters, of {WIDTH * WIDTH:,}", f"rank of the change, of {WIDTH}")
+    for index, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        values = [points[name][index] for name in order]
+        axes.hlines(order, 1, values, color="#e4e7eb", linewidth=3)
+        axes.scatter(values, order, s=20, color=[COLOURS[points[name][1] == WIDTH] for name in order], zorder=3)
+        axes.set(xscale="log", xlabel=title, xlim=(1, 2 * max(values)), ylim=(-1, len(order)))
+    panels[0].axvline(BUDGET, color="#7b8794", linewidth=1, linestyle="--")
+    figure.suptitle("What a change of one weight can be")
     figure.tight_layout()
     figure.savefig(PICTURE, metadata={"Date": None, "Creator": None})
 
