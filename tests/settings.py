@@ -149,7 +149,7 @@ COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "olora", "pissa"}
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only
-ON_CODES = {"loftq"}
+ON_CODES = {"loftq", "lqlora"}
 # which change what is quantised when the base is quantised around them
 COMPENSATING = {"corda", "loftq", "lora_ga", "olora", "pissa"}
 # BitFit makes biases where there are none, and such a projection has no place to fold one into

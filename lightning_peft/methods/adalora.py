@@ -43,6 +43,7 @@ class Triplets(LowRank):
         draw.normal(self.p, 0.02)
         draw.normal(self.q, 0.02)
         draw.zeros(self.l)
+        self.kept.fill_(True)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.l[:, None] * self.q, self.p
