@@ -44,7 +44,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mora": {"targets": "q,k,v,down", "rank": 2},
     "remora": {"targets": "q,k,v,down", "rank": 2},
     "fourierft": {"targets": "q,k,v,down", "count": 12, "scale": 9.0},
-    "glora": {"targets": "q,v,down", "rank": 2, "d": "none"},
+    # a constant on all features that go to a norm, and D times a bias of zero, get no gradient
+    "glora": {"targets": "q,v,down", "rank": 2, "d": "none", "e": "vector"},
     "waveft": {"targets": "q,k,v,down", "count": 12, "wavelet": "db2"},
     "krona_b": {"scale": 2.0},
     "krona_b_res": {"scale": 2.0, "left": [4, 16]},
@@ -139,9 +140,10 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     **{("trainable_tokens", model): TargetError for model in ("vit", "mlp")},  # no tokens
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
 }
-# BitFit and SSF make biases where there are none, and such a projection has no place to fold one into
+# BitFit, SSF and GLoRA's C and E make biases where there are none, and such a projection has no place to fold one into
 UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
-    (name, model): NotMergeableError for name in ("bitfit", "ssf") for model in ("llama", "t5", "mlp")
+    **{(n, m): NotMergeableError for n in ("bitfit", "ssf", "glora") for m in ("llama", "t5", "mlp")},
+    **{(name, "encoder"): NotMergeableError for name in ("said", "did")},  # they move packed attention as one
 }
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA

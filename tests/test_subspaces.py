@@ -18,19 +18,25 @@ from harness import forward, output, perturb
 from peft import FourierFTConfig, GloraConfig, LoKrConfig, WaveFTConfig, get_peft_model
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.waveft.wavelet import Wavelet
+from settings import make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import (
     DID,
+    IA3,
+    OFT,
     SAID,
+    DoRA,
     FourierFT,
     GLoRA,
+    HiRA,
     KronA,
     KronAB,
     KronABRes,
     LoKr,
+    LoRA,
     MoRA,
     WaveFT,
     load_adapter,
@@ -41,6 +47,7 @@ from lightning_peft.core import state
 from lightning_peft.core.adapter import NotMergeableError
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.kronecker import factorise
+from lightning_peft.core.merge import MergeError
 from lightning_peft.core.sites import TargetError
 from lightning_peft.core.spectrum import daubechies, mirror
 from lightning_peft.methods.glora import search
@@ -937,3 +944,95 @@ def test_subspaces_before_and_after_quantising() -> None:
     SAID(targets="0", dimension=30).apply(other)
     perturb(other)
     torch.testing.assert_close(other(x), net(x), atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------ beside other methods, and at the edges
+@pytest.mark.parametrize("other", [IA3, DoRA, HiRA, GLoRA, OFT])
+def test_a_subspace_around_what_scales_or_turns_is_merged_exactly(other: Any) -> None:
+    """GPT-2's packed projection, too, where the others are at slices inside of it."""
+    net = zoo.build("gpt2")
+    first, second = make(other.info.name, "gpt2"), make("said", "gpt2")
+    first.apply(net)
+    second.apply(net)
+    perturb(net)
+    expected = output(net, "gpt2")
+    with pytest.raises(MergeError, match="lies inside of 'said' and is not merged"):
+        second.merge(net)
+    for method in (first, second):
+        method.merge(net)
+        torch.testing.assert_close(output(net, "gpt2"), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_merging_under_glora_is_refused_as_it_computes_with_the_weight() -> None:
+    net = place("linear").float()
+    lora, glora = LoRA(targets="0", rank=2), GLoRA(targets="0", rank=2)
+    lora.apply(net)
+    glora.apply(net)
+    with pytest.raises(MergeError, match=r"\(Generalized\) computes with the weight that merging 'lora' would change"):
+        lora.merge(net)
+    with pytest.raises(MergeError, match="lies inside of 'glora' and is not merged"):
+        glora.merge(net)
+
+
+def test_a_supernet_in_training_is_merged_as_chosen_not_as_last_drawn() -> None:
+    net = place("linear")
+    method = GLoRA(targets="0", rank=2, supernet=True, dtype="float64")
+    method.apply(net)
+    perturb(net, scale=0.5)
+    x = torch.randn(4, D_IN, dtype=torch.float64)
+    expected = net.eval()(x)
+    (only,) = state.get_applied(net.train()).placements
+    only.adapter.sampled = ("none",) * 5
+    method.merge(net)
+    assert only.adapter.sampled == ("none",) * 5
+    torch.testing.assert_close(net(x), expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("words", ["lora lora lora vector vector", "none none vector none none"])
+def test_glora_over_codes_keeps_no_weight(words: str) -> None:
+    net = nn.Sequential(nn.Linear(256, 256))
+    quantise(net)
+    GLoRA(targets="0", rank=2, choices={"0": words}).apply(net)
+    perturb(net)
+    sizes: list[int] = []
+    x = torch.randn(3, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        y = net(x)
+    assert max(sizes) <= 256 * 256 // 2  # the codes
+    y.sum().backward()
+    assert x.grad.any()
+
+
+@pytest.mark.parametrize("cls", [KronA, LoKr, MoRA, FourierFT, WaveFT, GLoRA, SAID])
+def test_no_tokens_give_no_outputs(cls: Any) -> None:
+    """As at an expert that the router left out."""
+    net = place("linear").float()
+    cls(targets="0", **({"count": 20} if cls in (FourierFT, WaveFT) else {})).apply(net)
+    x = torch.randn(2, 0, D_IN, requires_grad=True)
+    y = net(x)
+    assert y.shape == (2, 0, D_OUT)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in state.trainable(net).values())
+
+
+@pytest.mark.parametrize("type", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("widths", [(1, 1), (2, 1), (1, 2)])
+def test_mora_on_the_narrowest_projections(type: int, widths: tuple[int, int]) -> None:
+    net = place("linear", *widths)
+    MoRA(targets="0", rank=1, type=type, rounding="floor", dtype="float64").apply(net)
+    perturb(net)
+    x = torch.randn(3, widths[0], dtype=torch.float64)
+    expected = net(x).detach()
+    state.get_applied(net).method.merge(net)
+    torch.testing.assert_close(net(x), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [FourierFT, WaveFT])
+def test_entries_times_tokens_are_never_made(cls: Any) -> None:
+    tokens, width = 64, 32
+    net = nn.Sequential(nn.Linear(width, width))
+    cls(targets="0", count=900).apply(net)
+    with Sizes() as sizes:
+        net(torch.randn(tokens, width, requires_grad=True)).sum().backward()
+    assert max(math.prod(shape) for shape in sizes.shapes) <= 4 * tokens * (width + 2) < 900 * tokens / 4

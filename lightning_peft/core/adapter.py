@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -150,6 +151,17 @@ class Host(nn.Module):
 
     is_host = True
     adapters: Any
+
+
+def inside(adapter: Adapter) -> list[Adapter]:
+    """The running adapters inside of an attached one: at its place before it, and at the parts of its module."""
+    place = adapter.place
+    own = place._modules["adapters"]._modules.values()  # type: ignore[union-attr]
+    found: list[Any] = list(itertools.takewhile(lambda other: other is not adapter, own))
+    for child in place.children():
+        if isinstance(child, Host):
+            found += child.adapters._modules.values()
+    return [other for other in found if other.cell.on]
 
 
 def through(module: nn.Module | None, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import projection
-from lightning_peft.core.adapter import NotMergeableError
+from lightning_peft.core.adapter import Adapter, Host, NotMergeableError, inside
 from lightning_peft.core.codes import INTEGERS
 from lightning_peft.core.quantised import Frozen, Quantised, is_quantised, quantise_module, refreeze, settings, thaw
 from lightning_peft.core.state import Applied, Placement, all_applied
@@ -202,23 +202,28 @@ def _check(model: nn.Module, applied: Applied) -> None:
 def check_inner(applied: Applied) -> None:
     """Folding goes from the inside out, unless both changes are plain additions."""
     for placement in foldable(applied):
-        adapters: Any = placement.place.adapters
-        for inner in adapters._modules.values():
-            if inner is placement.adapter:
-                break
-            if inner.cell.on and inner.cell is not applied.cell and not (inner.additive and placement.adapter.additive):
+        for inner in inside(placement.adapter):
+            if inner.cell is not applied.cell and not (inner.additive and placement.adapter.additive):
                 raise MergeError(
                     f"Another adapter at {placement.site!r} lies inside of {applied.label!r} and is not merged; "
                     f"the result "
                     "would not be the same. Merge the methods in the order in which they were applied."
                 )
-        for other in adapters._modules.values():
+        for other in _sharers(placement.place):
             if other.reads_weight and other.cell.on and other.cell is not applied.cell:
                 raise MergeError(
                     f"An adapter at {placement.site!r} ({type(other).__name__}) computes with the weight that merging "
                     f"{applied.label!r} would change. Unload {applied.label!r} before the other is applied, or apply "
                     "it after the other and merge that one first."
                 )
+
+
+def _sharers(place: nn.Module) -> list[Adapter]:
+    """The adapters whose weight merging at `place` would change: at it, at the whole of it, at its parts."""
+    owner = projection.owner_of(place)
+    near = [place, *([owner] if owner is not place else [c for c in owner.children() if isinstance(c, Host)])]
+    found = [module._modules.get("adapters") for module in near]
+    return [adapter for adapters in found if adapters is not None for adapter in adapters._modules.values()]  # type: ignore[misc]
 
 
 def check_tied(model: nn.Module, applied: Applied) -> None:

@@ -18,8 +18,17 @@ from lightning_peft.core.sites import Site, TargetError
 
 
 def scatter(rows: Tensor, source: Tensor, target: Tensor, entries: Tensor, height: int) -> Tensor:
-    """out[target[k]] += entries[k] rows[source[k]]: rows (width, tokens, m), entries (n, 1, m)"""
-    return rows.new_zeros(height, *rows.shape[1:]).index_add_(0, target, rows.index_select(0, source).mul_(entries))
+    """out[target[k]] += entries[k] rows[source[k]]: rows (width, m), entries (n,) -> (height, m), nothing of (n, m)"""
+    order = torch.argsort(target)
+    bounds = torch.searchsorted(target[order], torch.arange(height, device=target.device))
+    entries = entries.to(rows.dtype)[order]
+    return nn.functional.embedding_bag(source[order], rows, bounds, mode="sum", per_sample_weights=entries)
+
+
+def dots(left: Tensor, right: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """<left[i[k]], right[j[k]]> (n,): rows (height, m) and (width, m), nothing of (n, m)"""
+    bounds = torch.zeros(len(left), dtype=i.dtype, device=i.device)  # not looked at, as every entry names its row
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, j, bounds, i, 0)  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------ where the entries are
@@ -46,18 +55,18 @@ def check_count(site: Site, method: str, count: int, d_out: int, d_in: int) -> N
 
 
 # ------------------------------------------------------------------ Fourier
-def half(position: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a frequency is in the half spectrum of a real signal; the sign of its imaginary part under e^(+2 pi i);
-
-    its weight there: 1 where it is its own conjugate, 1/2 where both are meant.
-    """
+def half(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Where a frequency is in the half spectrum of a real signal, and whether it is there as its conjugate."""
     over = position > width // 2
-    own = (position == 0) | (2 * position == width)
-    return torch.where(over, width - position, position), torch.where(over, 1.0, -1.0), torch.where(own, 1.0, 0.5)
+    return torch.where(over, width - position, position), over
 
 
-def spectrum(x: Tensor) -> Tensor:  # (tokens, d) -> (d // 2 + 1, tokens, 2)
-    return torch.view_as_real(torch.fft.rfft(x.T, dim=0))
+def spectrum(x: Tensor) -> Tensor:  # (tokens, d) -> (d // 2 + 1, 2 tokens)
+    return torch.view_as_real(torch.fft.rfft(x.T, dim=0)).flatten(1)
+
+
+def conjugate(rows: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(rows.unflatten(1, (-1, 2))).conj().resolve_conj()).flatten(1)
 
 
 class FourierChange(torch.autograd.Function):
@@ -70,28 +79,40 @@ class FourierChange(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, c: Tensor, positions: Tensor, d_out: int, scale: float) -> Tensor:
         ctx.save_for_backward(x, c, positions)
         ctx.d_out, ctx.scale = d_out, scale
+        if not len(x):  # an expert without a token: there is no transform of nothing
+            return x.new_zeros(0, d_out)
         return turned(spectrum(x), c, positions, (d_out, x.shape[1]), scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, c, positions = ctx.saved_tensors
         d_in, d_out = x.shape[1], ctx.d_out
+        if not len(x):
+            return torch.zeros_like(x), torch.zeros_like(c), None, None, None
         g = spectrum(gradient)
         dx = turned(g, c, positions.flip(0), (d_in, d_out), ctx.scale) if ctx.needs_input_grad[0] else None
-        (u, su, _), (v, sv, _) = half(positions[0], d_out), half(positions[1], d_in)
-        products = (g.index_select(0, u) * spectrum(x).index_select(0, v)).sum(1)  # (n, 2)
-        dc = (products[:, 0] - (su * sv).to(products) * products[:, 1]) * (ctx.scale / (d_in * d_out))
+        (u, over_u), (v, over_v) = half(positions[0], d_out), half(positions[1], d_in)
+        both = torch.cat([g, conjugate(g)])
+        dc = dots(both, spectrum(x), u + len(g) * (over_u == over_v), v) * (ctx.scale / (d_in * d_out))
         return dx, dc.to(c.dtype), None, None, None
 
 
 def turned(rows: Tensor, c: Tensor, positions: Tensor, shape: tuple[int, int], scale: float) -> Tensor:
-    """The half spectrum of x -> y (tokens, d_out)"""
+    """The half spectrum of x -> y (tokens, d_out)
+
+    e^(+2 pi i) on both axes: where u and v are on the same side of their middle, it is the conjugate of x that counts.
+    """
     d_out, d_in = shape
-    (u, su, weight), (v, sv, _) = half(positions[0], d_out), half(positions[1], d_in)
-    imaginary = torch.where(weight == 1, 0.0, -0.5 * su * sv)
-    both = c[:, None, None] * torch.stack([weight, imaginary], -1)[:, None].to(rows)
-    h = scatter(rows, v, u, both.to(rows), d_out // 2 + 1)
-    return (torch.fft.irfft(torch.view_as_complex(h), d_out, 0) * (scale / d_in)).T
+    (u, over_u), (v, over_v) = half(positions[0], d_out), half(positions[1], d_in)
+    height = d_out // 2 + 1
+    own = (u == 0) | (2 * u == d_out)  # is its own conjugate; of the others both halves are meant
+    weights = torch.where(own, c, c / 2)
+    plain, turned = scatter(rows, v, u + height * (over_u == over_v), weights, 2 * height).chunk(2)
+    h = plain + conjugate(turned)
+    h = torch.view_as_complex(h.unflatten(1, (-1, 2)))
+    real = torch.arange(height, device=h.device)
+    h = torch.where(((real == 0) | (2 * real == d_out))[:, None], h.real.to(h.dtype), h)
+    return (torch.fft.irfft(h, d_out, 0) * (scale / d_in)).T
 
 
 # ------------------------------------------------------------------ wavelets
@@ -143,11 +164,17 @@ def analysis(rows: Tensor, taps: tuple[float, ...]) -> Tensor:  # (d, tokens) ->
         return rows
     count = padded(len(rows), len(taps)) // 2
     ends = (0, 0, len(taps) - 2, 2 * count - len(rows))
-    x = nn.functional.pad(rows, ends)
+    x = nn.functional.pad(rows, ends) if any(ends) else rows
     steps = [x[t : t + 2 * count - 1 : 2] for t in range(len(taps))]
-    low = sum(tap * step for tap, step in zip(taps[1:], steps[1:], strict=True)) + taps[0] * steps[0]
-    high = sum(tap * step for tap, step in zip(mirror(taps)[1:], steps[1:], strict=True)) + taps[-1] * steps[0]
+    low, high = (step_sum(steps, filtered) for filtered in (taps, mirror(taps)))
     return torch.cat([low, high])
+
+
+def step_sum(steps: list[Tensor], taps: tuple[float, ...]) -> Tensor:
+    total = taps[0] * steps[0]
+    for tap, step in zip(taps[1:], steps[1:], strict=True):
+        total.add_(step, alpha=tap)
+    return total
 
 
 def mirror(taps: tuple[float, ...]) -> tuple[float, ...]:
@@ -161,7 +188,7 @@ def synthesis(z: Tensor, taps: tuple[float, ...], width: int) -> Tensor:  # (pad
     count = len(z) // 2
     out = z.new_zeros(2 * count + len(taps) - 2, z.shape[1])
     for t, (low, high) in enumerate(zip(taps, mirror(taps), strict=True)):
-        out[t : t + 2 * count - 1 : 2] += low * z[:count] + high * z[count:]
+        out[t : t + 2 * count - 1 : 2].add_(z[:count], alpha=low).add_(z[count:], alpha=high)
     return out[len(taps) - 2 : len(taps) - 2 + width]
 
 
@@ -181,12 +208,11 @@ class WaveletChange(torch.autograd.Function):
         x, c, positions = ctx.saved_tensors
         g, d_in = analysis(gradient.T, ctx.taps), x.shape[1]
         dx = waved(g, ctx.scale * c, positions.flip(0), d_in, ctx.taps) if ctx.needs_input_grad[0] else None
-        found = analysis(x.T, ctx.taps).index_select(0, positions[1])
-        dc = ctx.scale * (g.index_select(0, positions[0]) * found).sum(1)
+        dc = ctx.scale * dots(g, analysis(x.T, ctx.taps), positions[0], positions[1])
         return dx, dc.to(c.dtype), None, None, None, None
 
 
 def waved(rows: Tensor, c: Tensor, positions: Tensor, width: int, taps: tuple[float, ...]) -> Tensor:
     """The coefficients of x -> y (tokens, width)"""
-    z = scatter(rows, positions[1], positions[0], c[:, None].to(rows), padded(width, len(taps)))
+    z = scatter(rows, positions[1], positions[0], c, padded(width, len(taps)))
     return synthesis(z, taps, width).T

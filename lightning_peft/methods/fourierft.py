@@ -61,7 +61,7 @@ class FourierFT(PEFT, name="fourierft", family="reparametrisation", paper="2405.
     The entries c (n,) start as N(0, 1), so that step 0 is not the base; init="zero" starts there. n parameters a site.
     Their places are the first n of a permutation of (d_out, d_in) drawn from `places_seed`, the same at all sites of
     one shape; files hold the first of them for comparison. Applied as F between a real Fourier transform of x and one
-    back: no matrix of the size of W. Source: section 3.2, equations 2 to 4.
+    back: no matrix of the size of W.
 
     counts: pattern or role -> n, for the sites it matches.
     """

@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core import projection, state
 from lightning_peft.core.adapter import Adapter, NotMergeableError
 from lightning_peft.core.fields import FieldError, positive
 from lightning_peft.core.init import Draw
+from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.sites import Site, Sites, TargetError
 from lightning_peft.core.targets import per_site, projection_widths
 from lightning_peft.methods.bitfit import has_bias
@@ -34,27 +36,48 @@ KNOWN: dict[str, tuple[str, ...]] = {
 WHOLE: Choice = ("lora", "lora", "lora", "vector", "vector")  # what a supernet keeps; the rest are parts of it
 
 
-class Hadamard(torch.autograd.Function):
-    """y = (W * U V) x: x (..., d_in), W (d_out, d_in), U (d_out, r), V (r, d_in)
+class Weighed(torch.autograd.Function):
+    """(W * U_a V_a + U_b V_b) x + W c + t, rows x (n, d_in): the first and second part, c and t each may be None.
 
-    The product with W has no smaller form; it is made again in the backward pass, not kept.
+    The product with W has no smaller form; it is made again in the backward pass, not kept. As there is a matrix of
+    its size anyway, all the rest goes into it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, u, v)
-        return F.linear(x, weight * (u @ v))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *parts: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, *parts)
+        weight, shift, c = weight.to(x.dtype), parts[5], parts[4]
+        if c is not None:
+            shift = weight @ c if shift is None else torch.addmv(shift, weight, c)
+        change = changed(weight, parts)
+        return shift.expand(len(x), -1).clone() if change is None else F.linear(x, change, shift)  # type: ignore[union-attr]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, u, v = ctx.saved_tensors
-        dx = gradient @ (weight * (u @ v)) if ctx.needs_input_grad[0] else None
-        change = weight * (gradient.flatten(0, -2).T @ x.flatten(0, -2))
-        return dx, None, change @ v.T, u.T @ change
+        x, weight, *parts = ctx.saved_tensors
+        weight, (u_a, v_a, u_b, v_b, c, shift) = weight.to(x.dtype), parts
+        change = changed(weight, parts) if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = [None if change is None else gradient @ change, None]
+        dense = gradient.T @ x if u_a is not None or u_b is not None else None
+        for u, v, outer in ((u_a, v_a, None if u_a is None or dense is None else weight * dense), (u_b, v_b, dense)):
+            found += [None, None] if u is None or outer is None else [outer @ v.T, u.T @ outer]
+        total = gradient.sum(0)
+        return *found, None if c is None else weight.T @ total, None if shift is None else total
+
+
+def changed(weight: Tensor, parts: Sequence[Tensor | None]) -> Tensor | None:
+    """W * U_a V_a + U_b V_b (d_out, d_in)"""
+    u_a, v_a, u_b, v_b = parts[:4]
+    if u_a is None or v_a is None:
+        return None if u_b is None or v_b is None else u_b @ v_b
+    change = (u_a @ v_a).mul_(weight)
+    return change if u_b is None or v_b is None else change.addmm_(u_b, v_b)
 
 
 class Generalized(Adapter):
     """y = (W + W * A + B) x + b + W C + D * b + E, each of A to E as `words` say."""
+
+    reads_weight = True
 
     def __init__(self, widths: tuple[int, int], rank: int, words: Choice, biased: bool, supernet: bool) -> None:
         super().__init__()
@@ -103,44 +126,68 @@ class Generalized(Adapter):
     def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
         y = base(x)
         z = x.to(y.dtype)
-        out = y
         b0 = projection.base_bias(self.place) if self.biased else None
         b0 = None if b0 is None else b0.detach().reshape(-1).to(y.dtype)
-        match self.part("a", y):
-            case (v, u):
-                out = out + Hadamard.apply(z, projection.base_weight(self.place).to(y.dtype), u, v)
-            case (a,):
-                out = out + a * (y if b0 is None else y - b0)
-        match self.part("b", y):
-            case (v, u):
-                out = out + F.linear(F.linear(z, v), u)
-            case (b,):
-                out = out + b * z.sum(-1, keepdim=True)
-        shift = self.shift(lambda: projection.base_weight(self.place).to(y.dtype), b0, y)
+        a, b, shift = self.part("a", y), self.part("b", y), self.shift(b0, y)
+        out = y
+        if len(a) == 1:
+            out = out + a[0] * (y if b0 is None else y - b0)
+        if len(b) == 1:
+            out = out + b[0] * z.sum(-1, keepdim=True)
+        elif b and len(a) < 2:
+            out = out + F.linear(F.linear(z, b[0]), b[1])
+        if len(a) == 2 or self.part("c", y):
+            return self.weighed(z.reshape(-1, self.d_in), shift).add_(out.reshape(-1, self.d_out)).view(y.shape)
         return out if shift is None else out + shift
 
-    def shift(self, weight: Callable[[], Tensor], b0: Tensor | None, like: Tensor) -> Tensor | None:
-        """W C + D * b + E (d_out,), or None where there is none of them."""
+    def weighed(self, rows: Tensor, shift: Tensor | None) -> Tensor:
+        """What needs the weight, (n, d_out); made from codes, the weight is made again for backward."""
+        if torch.is_grad_enabled() and is_quantised(projection.owner_of(self.place)):
+            return checkpoint(self.product, rows, shift, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return self.product(rows, shift)
+
+    def product(self, rows: Tensor, shift: Tensor | None) -> Tensor:
+        a, b = self.part("a", rows), self.part("b", rows)
+        u_a, v_a = (a[1], a[0]) if len(a) == 2 else (None, None)
+        u_b, v_b = (b[1], b[0]) if len(a) == len(b) == 2 else (None, None)
+        weight = projection.base_weight(self.place)
+        return Weighed.apply(rows, weight, u_a, v_a, u_b, v_b, self.prompt(rows), shift)  # type: ignore[no-any-return]
+
+    def prompt(self, like: Tensor) -> Tensor | None:
+        """C (d_in,)"""
+        match self.part("c", like):
+            case (v, u):
+                return (u @ v)[:, 0]
+            case (c,):
+                return c
+        return None
+
+    def shift(self, b0: Tensor | None, like: Tensor) -> Tensor | None:
+        """D * b + E (d_out,), or None where there is neither."""
         terms = list(self.part("e", like))
         if b0 is not None:
             terms += [d * b0 for d in self.part("d", like)]
-        if c := self.part("c", like):
-            terms.append(F.linear(c[0] if len(c) == 1 else (c[1] @ c[0])[:, 0], weight()))
         return sum(terms[1:], terms[0]).expand(self.d_out) if terms else None
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        shift = self.shift(lambda: weight, bias, weight)
-        if shift is not None and bias is None:
+        sampled, self.sampled = self.sampled, None  # what is merged is the choice, not the last draw of training
+        try:
+            shift, c = self.shift(bias, weight), self.prompt(weight)
+            parts = self.part("a", weight), self.part("b", weight)
+        finally:
+            self.sampled = sampled
+        if bias is None and not (shift is None and c is None):
             raise NotMergeableError(
                 "GLoRA's C and E are a bias, and this projection has no place for one. Leave them attached, or train "
                 "GLoRA(c='none', e='none')."
             )
         new = weight
-        for name, times in (("a", weight), ("b", 1.0)):
-            found = self.part(name, weight)
+        for found, times in zip(parts, (weight, torch.ones_like(weight)), strict=True):
             if found:
                 new = new + times * (found[1] @ found[0] if len(found) == 2 else found[0][:, None])
-        return new, None if bias is None or shift is None else bias + shift
+        for more in (shift, None if c is None else weight @ c):
+            bias = bias if more is None else bias + more  # type: ignore[operator]
+        return new, bias
 
     def size(self, words: Choice) -> int:
         """Trained numbers of this choice."""
@@ -165,7 +212,7 @@ class GLoRA(PEFT, name="glora", family="reparametrisation", paper="2306.07967", 
     A and B (d_out, d_in) are "lora" (U V, rank r), "vector" (d_out, the same for every input), "constant" or "none"; C
     (d_in) "lora", "vector" or "none"; D and E (d_out) "vector", "constant" or "none". V starts Kaiming-uniform, all
     else at zero: the base at step 0. r (d_in + d_out), d_out or 1 for A and B each, r (d_in + 1) or d_in for C, d_out
-    or 1 for D and E each. Merging is exact. Source: section 3.1, equations 8 to 13.
+    or 1 for D and E each. Merging is exact.
 
     W and b are those of the projection at that moment. Without a bias there is no D, and C and E cannot be merged.
     choices: pattern or role -> the five words, as in "lora vector none constant none", for the sites it matches.
@@ -248,7 +295,7 @@ def search(
     """The choice of parts with the highest `score(model)` that an evolution finds, set on the model -> its score.
 
     A population of random choices; then in each generation children of two of the `top` (each site from one of them)
-    and mutants of one (each site drawn again with `probability`), of at most `limit` trained numbers. Section 3.3.
+    and mutants of one (each site drawn again with `probability`), of at most `limit` trained numbers.
     """
     adapters: list[Any] = [p.adapter for p in state.get_applied(model, method.label or method.info.name).placements]
     source = random.Random(seed)

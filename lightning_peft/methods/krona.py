@@ -55,7 +55,7 @@ class KronA(PEFT, name="krona", family="reparametrisation", paper="2212.10650", 
 
     A (o1, i1) starts Kaiming-uniform, B (o2, i2) at zero, o1 o2 = d_out and i1 i2 = d_in: the base at step 0.
     o1 i1 + o2 i2 parameters a site, and a change of rank up to rank(A) rank(B). The product is never built:
-    (A kron B) x = vec_row(A X B^T), X (i1, i2) the rows of x. Source: sections 3.1 and 3.2.
+    (A kron B) x = vec_row(A X B^T), X (i1, i2) the rows of x.
 
     left: (o1, i1); without it, divisors near the square roots, so that 768 -> 768 has A (24, 32) and B (32, 24).
     """

@@ -54,8 +54,7 @@ class KronAB(PEFT, name="krona_b", family="additive", paper="2212.10650"):
 
     A (o1, i1) starts Kaiming-uniform, B (o2, i2) at zero: the base at step 0; o1 o2 = i1 i2 = d. init="random" draws
     both. o1 i1 + o2 i2 parameters a layer, 2 d with factors near the square root. It is parallel to a layer that is not
-    linear, so it cannot be merged. The sum is taken at the down projection, before dropout and residual. Source:
-    section 3.3.
+    linear, so it cannot be merged. The sum is taken at the down projection, before dropout and residual.
 
     left: (o1, i1), both divisors of d; without it, near the square root.
     """
@@ -82,5 +81,5 @@ class KronABRes(KronAB, name="krona_b_res", family="additive", paper="2212.10650
     """f(u) + s (A kron B) u + s_res u, u the input of the feed-forward layer f
 
     As KronA-B, with s_res a trained number that starts at zero: the base at step 0. o1 i1 + o2 i2 + 1 parameters a
-    layer. init="random" starts s_res at one. The paper gives no initial values. Source: section 3.3.
+    layer. init="random" starts s_res at one. The paper gives no initial values.
     """

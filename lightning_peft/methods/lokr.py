@@ -61,7 +61,7 @@ class LoKr(PEFT, name="lokr", family="reparametrisation", paper="2309.14859", me
     w1 (o1, i1), w2 (o2, i2): the divisors of d_out and of d_in nearest to their square roots, the smaller ones for w1;
     of a convolution the channels are split and w2 has the kernel. w2 is one matrix where rank >= max(o2, i2) / 2, and
     w1 always, unless decompose_both. w1 starts at zero, the rest Kaiming-uniform: the base at step 0; with zero="w2" as
-    in LyCORIS it is the other way round. Source: section 3.1.
+    in LyCORIS it is the other way round.
 
     factor: the largest o1 and i1 to take; -1 for no limit. alpha / rank holds where both factors are full, too, as in
     peft; LyCORIS has 1 there, which is alpha = rank.

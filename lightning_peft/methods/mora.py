@@ -26,7 +26,7 @@ STRIDED_IN, STRIDED_OUT = (1, 4), (1, 3)  # the types that compress, and decompr
 def square(d_in: int, d_out: int, rank: int, type: int, rounding: Rounding) -> int:
     """The size of M with about the numbers of a LoRA of this rank; even where its columns are rotated in pairs."""
     size = int(math.sqrt((d_in + d_out) * rank) + (0.5 if rounding == "nearest" else 0.0))
-    return size // 2 * 2 if type == 6 else size
+    return max(size // 2 * 2, 2) if type == 6 else size
 
 
 def wrapped(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -130,11 +130,11 @@ class MoRA(PEFT, name="mora", family="reparametrisation", paper="2405.12130", me
 
     M (n, n), n = round(sqrt(rank (d_in + d_out))), starts at zero: the base at step 0. n^2 parameters a site, about
     those of a LoRA of this rank, in a change whose rank is n (types 1 to 4) or up to that of W (type 6). Merging is
-    exact. Source: section 4.
+    exact.
 
     type: how x comes down to n numbers and back. 1: features of one position modulo n are summed, and the result is
     tiled; 2: neighbours are summed, and each result repeated; 3: down as 2, back as 1; 4: down as 1, back as 2; 6: x in
-    rows of n, each turned by an angle of its own, M applied to each (the rows of the paper's equation 9). The input
+    rows of n, each turned by an angle of its own, M applied to each. The input
     goes on with its first features where n does not divide it. The paper pairs neighbours for the rotation; here, as in
     its code, the halves of a row are the pairs, which is a permutation of M's columns.
     rounding: the code rounds n to the "nearest" number, the paper down ("floor"); with type 6 it is made even.

@@ -7,6 +7,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core import projection, state
-from lightning_peft.core.adapter import Adapter, NotMergeableError
+from lightning_peft.core.adapter import Adapter, NotMergeableError, Takeover, inside
 from lightning_peft.core.basis import Basis
 from lightning_peft.core.fields import positive
 from lightning_peft.core.init import Draw
@@ -114,6 +116,25 @@ class Moved(Adapter):
         changes = self.changes()
         if is_quantised(self.place):
             return beside(base, args[0], changes, flipped(self.place))
+        plain = self.plain(base)
+        if plain is base:
+            with self.moved(changes):
+                return base(*args, **kwargs)
+        y = base(*args, **kwargs)  # others scale or turn what is inside of them: the subspace is added after that
+        with self.moved(changes):
+            moved = plain(*args, **kwargs)
+        return y + (moved - plain(*args, **kwargs))
+
+    def plain(self, base: Callable[..., Any]) -> Callable[..., Any]:
+        """The module without adapters, if those in `base` do more than add to it."""
+        if set(self.names) - {"weight", "bias"} or all(adapter.additive for adapter in inside(self)):
+            return base
+        while isinstance(base, partial) and isinstance(base.func, Adapter):
+            base = base.args[0]
+        return base.base() if isinstance(base, Takeover) else base
+
+    @contextmanager
+    def moved(self, changes: dict[str, Tensor]) -> Iterator[None]:
         before: list[tuple[nn.Module, str, Any]] = []
         try:
             for name, change in changes.items():
@@ -121,7 +142,7 @@ class Moved(Adapter):
                 theta = getattr(owner, leaf)
                 before.append((owner, leaf, vars(owner).get(leaf)))
                 vars(owner)[leaf] = theta + change.to(theta.dtype)  # in front of the parameter of that name
-            return base(*args, **kwargs)
+            yield
         finally:
             for owner, leaf, old in reversed(before):
                 if old is None:
@@ -169,7 +190,7 @@ class SAID(PEFT, name="said", family="reparametrisation", paper="2012.13255", me
     `dimension` parameters in all. P_i is a Fastfood transform drawn from the seed, the tensor's index among the chosen
     ones and its shape; it is kept in no file, which holds its first numbers for comparison, and takes 9 bytes for each
     number of the tensor, up to the next power of two, in memory. A tensor with fewer numbers than v sees the first of
-    them, as in the released code. Source: section 3.2, equations 2 to 4.
+    them, as in the released code.
 
     targets: modules whose own parameters all move; "*" for every one, without the heads that train by themselves. A
     tied weight moves as one.
@@ -200,8 +221,7 @@ class SAID(PEFT, name="said", family="reparametrisation", paper="2012.13255", me
 class DID(SAID, name="did", family="reparametrisation", paper="2012.13255", mergeable=True):
     """theta_i = theta_i0 + P_i v, v shared by all tensors
 
-    v (dimension,) starts at zero: the base at step 0. `dimension` parameters in all; P_i as in SAID. Source: section
-    3.1, equation 1.
+    v (dimension,) starts at zero: the base at step 0. `dimension` parameters in all; P_i as in SAID.
     """
 
 

@@ -70,7 +70,7 @@ class WaveFT(PEFT, name="waveft", family="reparametrisation", paper="2505.12532"
     puts the entries into the weight as they are. c (n,) starts at zero: the base at step 0; with init="normal" as
     N(0, 0.01^2). n parameters a site. Their places are the first n of a permutation of (d_out, d_in) drawn from
     `places_seed`, and the quarters lie as in peft. Applied as filters on x and on what F makes of it: no matrix of the
-    size of W. Source: section 3.
+    size of W.
 
     counts: pattern or role -> n, for the sites it matches.
     """
