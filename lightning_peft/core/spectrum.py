@@ -66,7 +66,7 @@ def spectrum(x: Tensor) -> Tensor:  # (tokens, d) -> (d // 2 + 1, 2 tokens)
 
 
 def conjugate(rows: Tensor) -> Tensor:
-    return torch.view_as_real(torch.view_as_complex(rows.unflatten(1, (-1, 2))).conj().resolve_conj()).flatten(1)
+    return rows * torch.tensor([1.0, -1.0], dtype=rows.dtype, device=rows.device).repeat(rows.shape[1] // 2)
 
 
 class FourierChange(torch.autograd.Function):
@@ -107,11 +107,10 @@ def turned(rows: Tensor, c: Tensor, positions: Tensor, shape: tuple[int, int], s
     height = d_out // 2 + 1
     own = (u == 0) | (2 * u == d_out)  # is its own conjugate; of the others both halves are meant
     weights = torch.where(own, c, c / 2)
-    plain, turned = scatter(rows, v, u + height * (over_u == over_v), weights, 2 * height).chunk(2)
-    h = plain + conjugate(turned)
-    h = torch.view_as_complex(h.unflatten(1, (-1, 2)))
-    real = torch.arange(height, device=h.device)
-    h = torch.where(((real == 0) | (2 * real == d_out))[:, None], h.real.to(h.dtype), h)
+    plain, other = scatter(rows, v, u + height * (over_u == over_v), weights, 2 * height).chunk(2)
+    h = plain.add_(conjugate(other)).unflatten(1, (-1, 2))
+    h[:: max(d_out // 2, 1) if d_out % 2 == 0 else height, :, 1] = 0  # of rows that are their own conjugates
+    h = torch.view_as_complex(h)
     return (torch.fft.irfft(h, d_out, 0) * (scale / d_in)).T
 
 
