@@ -80,19 +80,20 @@ def ratio(seconds: dict[str, list[float]], above: str, below: str) -> dict[str, 
     return dict(zip(("low", "median", "high"), statistics.quantiles(paired, n=4, method="inclusive"), strict=True))
 
 
-def saved_bytes(model: nn.Module) -> int:
+def saved_bytes(model: nn.Module, run: Run = step) -> int:
     """Distinct storages that autograd keeps for backward, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        for storage in (part.untyped_storage() for part in parts):
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(model)
+        run(model)
     return sum(kept.values())
 
 

@@ -13,7 +13,6 @@ import datetime
 import json
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,15 +20,12 @@ from typing import Any
 
 import peft
 import torch
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
 
 import lightning_peft.methods  # noqa: F401  fills the registry
-from benchmarks.lora_step import limit, ratio
+from benchmarks.lora_step import interleaved, limit, llama, ratio, saved_bytes, step
 from lightning_peft import REGISTRY
 
-SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 2, "num_attention_heads": 8}
-BATCH, TIME, VOCAB = 4, 256, 2048
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QV = ["q_proj", "v_proj"]
 ALL = {"targets": "all-linear"}
@@ -116,50 +112,9 @@ METHODS: dict[str, tuple[dict[str, Any], Peft | None]] = {
 Rows = list[dict[str, Any]]
 
 
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=VOCAB, use_cache=False))
-
-
 def ours(name: str) -> nn.Module:
     fields, _ = METHODS[name]
     return REGISTRY[name.partition(",")[0]](**fields, heads=None).apply(llama())  # type: ignore[call-arg]
-
-
-def step(model: nn.Module) -> Tensor:
-    tokens = torch.arange(BATCH * TIME).view(BATCH, TIME) % VOCAB
-    loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return loss
-
-
-def kept(model: nn.Module) -> int:
-    """Distinct storages that autograd keeps for backward, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
-        for storage in (part.untyped_storage() for part in parts):
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(model)
-    return sum(found.values())
-
-
-def interleaved(models: dict[str, nn.Module], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds + 1):
-        for name, model in list(models.items())[:: -1 if turn % 2 else 1]:
-            start = time.process_time()
-            step(model)
-            if turn:  # the first round warms up
-                seconds[name].append(time.process_time() - start)
-    return seconds
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
@@ -168,7 +123,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     config = METHODS[name][1]
     if config is not None:
         models["peft"] = peft.get_peft_model(llama(), config())
-    seconds, sizes = interleaved(models, rounds), {who: kept(model) for who, model in models.items()}
+    seconds = interleaved({who: (lambda m=model: m, step) for who, model in models.items()}, rounds)
+    sizes = {who: saved_bytes(model) for who, model in models.items()}
     trained = {w: sum(p.numel() for p in m.parameters() if p.requires_grad) for w, m in models.items() if w != "limit"}
     out: dict[str, Any] = {"method": name, "trained": trained}
     for who in list(models)[1:]:

@@ -25,7 +25,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.lora_step import Run, limit, row
+from benchmarks.lora_step import Run, limit, row, saved_bytes
 from lightning_peft import LoRA
 from lightning_peft.core.codes import kernels
 from lightning_peft.core.quant import quantise as codes_of
@@ -163,29 +163,13 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     return seconds
 
 
-def kept(model: nn.Module, step: Run) -> int:
-    """Distinct storages that autograd keeps for backward, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(model)
-    return sum(found.values())
-
-
 def compare(what: str, models: dict[str, nn.Module], step: Run, rounds: int) -> Rows:
     """Paired ratios of step times, bytes kept, and by how much the outputs of the same codes differ."""
     first = step(models["frozen"]).detach()
     apart = max(float((step(model).detach() - first).abs().max()) for model in models.values())
     seconds = interleaved({name: partial(step, model) for name, model in models.items()}, rounds)
     rows = [row(f"{what}: {a} / {b}", seconds, a, b) for a, b in PAIRS if {a, b} <= models.keys()]
-    rows += [{"what": f"{what}: kept, {name} (MB)", "value": kept(m, step) / 1e6} for name, m in models.items()]
+    rows += [{"what": f"{what}: kept, {name} (MB)", "value": saved_bytes(m, step) / 1e6} for name, m in models.items()]
     return [*rows, {"what": f"{what}: outputs differ by", "value": apart}]
 
 

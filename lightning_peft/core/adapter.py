@@ -153,6 +153,12 @@ class Host(nn.Module):
     adapters: Any
 
 
+def adapters_of(place: nn.Module) -> list[Adapter]:
+    """The adapters at a place, the innermost first."""
+    container = place._modules.get("adapters")
+    return list(container._modules.values()) if isinstance(container, Adapters) else []  # type: ignore[arg-type]
+
+
 def inside(adapter: Adapter) -> list[Adapter]:
     """The running adapters inside of an attached one: at its place before it, and at the parts of its module."""
     place = adapter.place

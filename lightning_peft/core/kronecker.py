@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.low_rank import patches
 from lightning_peft.core.sites import Site, TargetError
 from lightning_peft.core.targets import Shape
 
@@ -83,21 +84,12 @@ class Kronecker(Adapter):
     def convolved(self, x: Tensor, a: Tensor, parts: list[Tensor]) -> Tensor:
         """B as a kernel of the place's size for each of the i1 groups of channels, then A across the groups."""
         place: Any = self.place
-        space = place.weight.dim() - 2
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
-        if place.padding_mode != "zeros":
-            x = F.pad(x, place._reversed_padding_repeated_twice, mode=place.padding_mode)
-        padding = place.padding if place.padding_mode == "zeros" else 0
-        single = x.dim() == space + 1  # without a batch
-        x = x[None] if single else x
-        kernel = parts[-1].unflatten(1, (-1, *place.kernel_size))
-        grouped = x.unflatten(1, (self.i1, -1)).flatten(0, 1)
-        z = convolve(grouped, kernel, None, place.stride, padding, place.dilation)
+        batch, z, convolve = patches(place, x, parts[-1].unflatten(1, (-1, *place.kernel_size)), self.i1)
         size = z.shape[2:]
-        z = torch.matmul(a, z.reshape(len(x), self.i1, -1)).reshape(len(x) * self.o1, -1, *size)
-        z = z if len(parts) == 1 else convolve(z, parts[0].view(*parts[0].shape, *[1] * space))
-        z = z.reshape(len(x), self.o1 * self.o2, *size)
-        return z[0] if single else z
+        z = torch.matmul(a, z.reshape(batch, self.i1, -1)).reshape(batch * self.o1, -1, *size)
+        z = z if len(parts) == 1 else convolve(z, parts[0].view(*parts[0].shape, *[1] * len(size)))
+        z = z.reshape(batch, self.o1 * self.o2, *size)
+        return z if x.dim() == z.dim() else z[0]
 
     def delta(self, weight: Tensor) -> Tensor:  # (d_out, d_in)
         a, parts = self.factors()

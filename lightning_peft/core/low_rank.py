@@ -140,19 +140,25 @@ def convolved(
     place: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float, rank_dropout: float = 0.0
 ) -> Tensor:
     """s B (A * x): A as a kernel of the place's own size, B as one of size 1; each group of channels with the same A"""
+    batch, z, convolve = patches(place, x, a.view(len(a), *place.weight.shape[1:]), place.groups)
+    z = (scale * z).unflatten(0, (batch, place.groups)).flatten(1, 2)  # (batch, groups rank, ...)
+    if rank_dropout:
+        z = F.dropout(z, rank_dropout)
+    ones = [1] * (place.weight.dim() - 2)
+    y = convolve(z, b.view(*b.shape, *ones), None if bias is None else bias.to(x.dtype), groups=place.groups)
+    return y if x.dim() == y.dim() else y[0]
+
+
+def patches(place: Any, x: Tensor, kernel: Tensor, groups: int) -> tuple[int, Tensor, Callable[..., Tensor]]:
+    """A kernel over each of `groups` groups of the channels of x, padded and strided as the place does it.
+
+    The size of the batch (1 where x has none), the result (batch groups, channels, ...), and the function for more.
+    """
     space = place.weight.dim() - 2
     convolve = (F.conv1d, F.conv2d, F.conv3d)[space - 1]
     if place.padding_mode != "zeros":
         x = F.pad(x, place._reversed_padding_repeated_twice, mode=place.padding_mode)
     padding = place.padding if place.padding_mode == "zeros" else 0
-    single = x.dim() == space + 1  # without a batch
-    x = x[None] if single else x
-    grouped = x.unflatten(1, (place.groups, -1)).flatten(0, 1)
-    kernel = a.view(len(a), *place.weight.shape[1:])
-    z = scale * convolve(grouped, kernel, None, place.stride, padding, place.dilation)
-    z = z.unflatten(0, (len(x), place.groups)).flatten(1, 2)  # (batch, groups rank, ...)
-    if rank_dropout:
-        z = F.dropout(z, rank_dropout)
-    ones = [1] * space
-    y = convolve(z, b.view(*b.shape, *ones), None if bias is None else bias.to(x.dtype), groups=place.groups)
-    return y[0] if single else y
+    x = x[None] if x.dim() == space + 1 else x
+    grouped = x.unflatten(1, (groups, -1)).flatten(0, 1)
+    return len(x), convolve(grouped, kernel, None, place.stride, padding, place.dilation), convolve

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core import projection
-from lightning_peft.core.adapter import Adapter, Host, NotMergeableError, inside
+from lightning_peft.core.adapter import Adapter, Host, NotMergeableError, adapters_of, inside
 from lightning_peft.core.codes import INTEGERS
 from lightning_peft.core.quantised import Frozen, Quantised, is_quantised, quantise_module, refreeze, settings, thaw
 from lightning_peft.core.state import Applied, Placement, all_applied
@@ -222,8 +222,7 @@ def _sharers(place: nn.Module) -> list[Adapter]:
     """The adapters whose weight merging at `place` would change: at it, at the whole of it, at its parts."""
     owner = projection.owner_of(place)
     near = [place, *([owner] if owner is not place else [c for c in owner.children() if isinstance(c, Host)])]
-    found = [module._modules.get("adapters") for module in near]
-    return [adapter for adapters in found if adapters is not None for adapter in adapters._modules.values()]  # type: ignore[misc]
+    return [adapter for module in near for adapter in adapters_of(module)]
 
 
 def check_tied(model: nn.Module, applied: Applied) -> None:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, Host
+from lightning_peft.core.adapter import Host, adapters_of
 from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.codes import (
     BLOCKWISE,
@@ -293,9 +293,8 @@ def quantise_module(
 def rebase(module: nn.Module) -> None:
     """Tell the adapters on a module, and on slices of it, that its weight is in codes now."""
     for place in (module, *module.children()):
-        container = place._modules.get("adapters")
-        for adapter in container.children() if container is not None else ():
-            adapter.rebased()  # type: ignore[operator]
+        for adapter in adapters_of(place):
+            adapter.rebased()
 
 
 def compensated(module: nn.Module, weight: Tensor, q: Quantisation) -> Tensor:
@@ -313,12 +312,6 @@ def compensated(module: nn.Module, weight: Tensor, q: Quantisation) -> Tensor:
             columns: Any = host.columns
             weight = columns.put(weight, adapter.compensate(columns.take(weight, 0), rounded), 0)
     return weight
-
-
-def adapters_of(place: nn.Module) -> list[Adapter]:
-    """The adapters at a place, the innermost first."""
-    container = place._modules.get("adapters")
-    return [] if container is None else list(container.children())  # type: ignore[arg-type]
 
 
 def oriented(module: nn.Module, weight: Tensor) -> Tensor:

@@ -93,6 +93,12 @@ class Started(LowRank):
         if self.c is not None:
             draw.zeros(self.c)
 
+    def reset_plain(self, draw: Draw) -> None:
+        """As plain LoRA, for a start that comes later: with data, or when the base is quantised."""
+        super().reset(draw)
+        self.a0.zero_()
+        self.b0.zero_()
+
     @torch.no_grad()
     def begin(self, a: Tensor, b: Tensor) -> None:
         """Take these as the start."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.calibration import Covariance, Watched
-from lightning_peft.core.init import leading
+from lightning_peft.core.init import Draw, leading
 from lightning_peft.core.low_rank import LowRank
 from lightning_peft.core.projection import base_weight
 from lightning_peft.core.started import Started
@@ -23,10 +23,8 @@ class ContextOriented(Watched, Started):
 
     mode = "knowledge"
 
-    def reset(self, draw: object) -> None:
-        LowRank.reset(self, draw)  # type: ignore[arg-type]
-        self.a0.zero_()
-        self.b0.zero_()
+    def reset(self, draw: Draw) -> None:
+        self.reset_plain(draw)
 
     def watcher(self) -> Covariance:
         return Covariance()

@@ -4,7 +4,6 @@ https://arxiv.org/abs/2410.07170
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import torch
@@ -63,5 +62,4 @@ class EVA(CalibratedLoRA, name="eva", family="reparametrisation", paper="2410.07
 
     def portable(self) -> LoRA:
         """Plain LoRA: the start is no part of what was trained."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA) if f.name != "init"}
-        return LoRA(**own)
+        return self.plain()

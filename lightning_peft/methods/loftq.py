@@ -28,9 +28,7 @@ class Compensating(Started):
     iterations = 5
 
     def reset(self, draw: Draw) -> None:
-        LowRank.reset(self, draw)
-        self.a0.zero_()
-        self.b0.zero_()
+        self.reset_plain(draw)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.a, self.b

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -114,8 +114,12 @@ class StartedLoRA(LoRA):
 
     def portable(self) -> LoRA:
         """Plain LoRA of twice the rank and the same scale."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA) if f.name != "init"}
         more = math.sqrt(2) if self.rslora else 2
-        own |= {"rank": 2 * self.rank, "ranks": {k: 2 * r for k, r in self.ranks.items()}}
-        own |= {"alpha": more * self.alpha, "alphas": {k: more * a for k, a in self.alphas.items()}}
-        return LoRA(**own)
+        ranks = {"rank": 2 * self.rank, "ranks": {k: 2 * r for k, r in self.ranks.items()}}
+        alphas = {"alpha": more * self.alpha, "alphas": {k: more * a for k, a in self.alphas.items()}}
+        return self.plain(**ranks, **alphas)
+
+    def plain(self, **changed: Any) -> LoRA:
+        """The fields of LoRA but the start, some of them changed."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA) if f.name != "init"}
+        return LoRA(**{**own, **changed})

@@ -10,7 +10,7 @@ import torch
 
 from lightning_peft.core.calibration import CalibrationError, Gradient, Watched
 from lightning_peft.core.fields import positive
-from lightning_peft.core.init import leading
+from lightning_peft.core.init import Draw, leading
 from lightning_peft.core.low_rank import LowRank
 from lightning_peft.core.projection import base_weight
 from lightning_peft.core.started import Started
@@ -24,10 +24,8 @@ class OfGradient(Watched, Started):
     size = "stable"
     gamma = 16.0
 
-    def reset(self, draw: object) -> None:
-        LowRank.reset(self, draw)  # type: ignore[arg-type]
-        self.a0.zero_()
-        self.b0.zero_()
+    def reset(self, draw: Draw) -> None:
+        self.reset_plain(draw)
 
     def watcher(self) -> Gradient:
         return Gradient()
