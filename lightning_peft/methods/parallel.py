@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.bottleneck import Activation, Bottleneck, Init
 from lightning_peft.core.fields import positive
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import Site, Sites, TargetError
-from lightning_peft.methods.houlsby import Activation, Bottleneck, Init
 
 
 class Tap(Adapter):
