@@ -1,4 +1,4 @@
-"""Writes what the docs take from the code: the table in README.md, docs/methods.md, conf/peft/*.yaml, the figure.
+"""Writes what the docs take from the code: the table in README.md, docs/methods.md, docs/places.md, conf/peft/*.yaml, figures.
 
     python docs/generate.py
 
@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 
 import figure
+import places
 import torch
 import transformers
 
@@ -111,6 +112,7 @@ def main() -> None:
     (ROOT / "docs" / "figures").mkdir(exist_ok=True)
     (ROOT / "docs" / "figures" / "architecture.svg").write_text(figure.draw())
     (ROOT / "docs" / "methods.md").write_text(page())
+    places.write()
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(), methods_table()))
     list(schema.write(ROOT / "conf" / "peft"))

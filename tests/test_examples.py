@@ -66,3 +66,21 @@ def test_instruction_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     loss = load("instruction_tuning").main(epochs=1, batches=4, folder=str(tmp_path))
     assert 0 < loss < 10
     assert "What does math.sqrt do?" in capsys.readouterr().out
+
+
+def test_two_towers() -> None:
+    pytest.importorskip("transformers", reason="CLIP comes with the extra [hf]")
+    pytest.importorskip("sklearn", reason="scikit-learn's digits come with the extra [demo]")
+    results = load("two_towers").main(epochs=10, adapt=30)
+    assert results["upright, all weights"] > 0.6
+    assert results["adapters on images, LoRA on text"] > results["inverted, as it is"]
+    assert results["prompts on images, LoRA on text"] > results["inverted, as it is"]
+
+
+def test_diffusion() -> None:
+    pytest.importorskip("diffusers", reason="the UNet comes with the extra [diffusion]")
+    pytest.importorskip("sklearn", reason="scikit-learn's digits come with the extra [demo]")
+    module = load("diffusion")
+    module.METHODS = {name: module.METHODS[name] for name in ("LoRA on all", "adapters")}
+    results = module.main(epochs=4, adapt=2)
+    assert max(results["LoRA on all"], results["adapters"]) < results["inverted, as it is"]

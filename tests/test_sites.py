@@ -851,3 +851,24 @@ def test_reading_a_large_model_is_quick() -> None:
     start = time.perf_counter()
     assert len(sites(model, "all-linear")) == 2000
     assert time.perf_counter() - start < 5  # it takes 0.1 s; this only catches a walk for every module
+
+
+def test_blocks_of_diffusers_show_self_and_cross_attention_and_both_halves_of_a_gated_layer() -> None:
+    diffusers = pytest.importorskip("diffusers", reason="the UNet comes with the extra [diffusion]")
+    shape = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32),
+    }
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DConditionModel(**shape, **blocks, cross_attention_dim=16, norm_num_groups=8)
+    found = roles(unet)
+    layer = "mid_block.attentions.0.transformer_blocks.0"
+    names = {role: [site.name for site in sites] for role, sites in found.items()}
+    assert f"{layer}.attn1.to_q" in names["q"]
+    assert f"{layer}.attn2.to_k" in names["cross.k"]
+    assert f"{layer}.ff.net.2" in names["down"]
+    up, gate = (next(s for s in found[role] if s.name == f"{layer}.ff.net.0.proj") for role in ("up", "gate"))
+    assert (up.columns.start, up.columns.stop, gate.columns.start, gate.columns.stop) == (0, 128, 128, 256)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 SELF = r"(?:attention|attn|self_attn|self_attention|SelfAttention|attn1)(?:\.self|\.attention)?"
-CROSS = r"(?:crossattention|cross_attention|cross_attn|encoder_attn|EncDecAttention|multihead_attn)(?:\.self)?"
+CROSS = r"(?:crossattention|cross_attention|cross_attn|encoder_attn|EncDecAttention|multihead_attn|attn2)(?:\.self)?"
 ATTENTION = rf"(?:{SELF}|{CROSS})"
 OUTPUT = rf"(?:{SELF}|{CROSS})(?:\.output)?"
 FFN = r"(?:mlp|ffn|feed_forward|DenseReluDense|experts\.\d+|shared_experts?)"
 
-# parent path (its last components) -> child -> role; the packed ones ("qkv", "heads", "kv", "gate_up") are split below
+# parent path (its last components) -> child -> role; the packed ones ("qkv", "gate_up", ...) are split below
 PROJECTIONS: dict[str, dict[str, str]] = {
     ATTENTION: {
         **dict.fromkeys(("query", "query_proj", "q_proj", "q_lin", "q", "q_attn", "wq", "to_q"), "q"),
@@ -39,12 +39,21 @@ PROJECTIONS: dict[str, dict[str, str]] = {
     },
     r"feed_forward": {"w1": "gate", "w2": "down", "w3": "up", "intermediate_dense": "up", "output_dense": "down"},
     r"mlp": {"w3": "down"},
+    r"ff\.net": {"2": "down"},  # diffusers
+    r"ff\.net\.0": {"proj": "up"},  # "up_gate" where the activation is gated
     r"intermediate": {"dense": "up"},
     r"(?:layer|blocks)\.\d+\.output": {"dense": "down"},
     r"layers?\.\d+": {"fc1": "up", "linear1": "up", "fc2": "down", "linear2": "down"},
     r"albert_layers\.\d+": {"ffn": "up", "ffn_output": "down"},
 }
-PACKED = {"qkv": ("q", "k", "v"), "heads": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "up")}
+PACKED = {
+    "qkv": ("q", "k", "v"),
+    "heads": ("q", "k", "v"),
+    "kv": ("k", "v"),
+    "gate_up": ("gate", "up"),
+    "up_gate": ("up", "gate"),
+}
+GATED = {"GEGLU", "SwiGLU"}  # classes that hold both halves as one `proj`, the activated one last
 SIBLING = {"w3": "w12"}  # the child name that counts only beside another one, under `mlp` (DINOv2's SwiGLU)
 OPAQUE = {"CodeGenAttention", "GPTBigCodeAttention"}  # packed in an order that no slice describes: one role, "qkv"
 PROJECTED = {"q", "k", "v", "o", "cross.q", "cross.k", "cross.v", "cross.o", "up", "gate", "down"}
@@ -195,6 +204,8 @@ def projection(node: Node) -> str | None:
     if parent is None or node.leaf not in _TABLE or _is_torch_attention(parent) or not is_linear(node.module):
         return None
     role = next((r for matches, r in _TABLE[node.leaf] if matches(parent.name) and _beside(parent, node.leaf, r)), None)
+    if role == "up" and node.leaf == "proj" and type(parent.module).__name__ in GATED:
+        role = "up_gate"
     if role in PACKED and type(parent.module).__name__ in OPAQUE:
         role = "opaque"
     return f"cross.{role}" if role and _CROSS.fullmatch(parent.name) else role
