@@ -25,6 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "full": {},
     "houlsby": {"bottleneck": 6},
+    "bapna": {"bottleneck": 6},
+    "pfeiffer": {"bottleneck": 6},
     "ia3": {},
     "linear_probe": {},
     "ln_tuning": {},
@@ -140,6 +142,8 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("krona_b_res", "mlp"): TargetError,
     **{("trainable_tokens", model): TargetError for model in ("vit", "mlp")},  # no tokens
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
+    ("bapna", "mlp"): TargetError,  # no blocks
+    ("pfeiffer", "mlp"): TargetError,  # no blocks
 }
 # BitFit, SSF and GLoRA's C and E make biases where there are none, and such a projection has no place to fold one into
 UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
@@ -165,6 +169,8 @@ QUICK = {
     "bitfit": ("gpt2", "t5", "encoder"),
     "full": ("bert", "mlp"),
     "houlsby": ("bert", "encoder"),
+    "bapna": ("t5", "vit"),
+    "pfeiffer": ("t5", "encoder"),
     "ia3": ("gpt2", "llama", "mlp"),
     "linear_probe": ("vit", "mlp"),
     "ln_tuning": ("llama", "vit"),

@@ -47,6 +47,8 @@ RANDOM = {
     "relora",
     "adalora",
     "houlsby",
+    "bapna",
+    "pfeiffer",
     "corda",
     "eva",
     "loftq",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.init import Draw
+from lightning_peft.core.stream import edit_output
 
 Activation = Literal["gelu", "gelu_new", "relu", "silu", "tanh", "identity"]
 Init = Literal["zero", "normal", "bert"]
@@ -27,7 +28,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Bottleneck(Adapter):
     """D(u) = W_up phi(W_dn u + b_dn) + b_up, y = h + s D(h): W_dn (m, d), W_up (d, m); 2md + m + d parameters.
 
-    A method with weights of another form overrides `make` (parameters), `reset` and `weights`.
+    A method with weights of another form overrides `make` (parameters), `reset` and `weights`; one that acts elsewhere
+    overrides `around`.
     """
 
     def __init__(self, width: int, bottleneck: int, activation: Activation, init: Init, scale: float = 1.0) -> None:
@@ -69,5 +71,16 @@ class Bottleneck(Adapter):
         return d if self.scale == 1 else self.scale * d
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.around(self.bottleneck, base, *args, **kwargs)
+
+    def around(self, change: Callable[[Tensor], Tensor], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Where the bottleneck acts: on what `base` gives. A method that acts elsewhere overrides this."""
         h = base(*args, **kwargs)
-        return h + self.bottleneck(h)
+        return h + change(h)
+
+
+class StreamBottleneck(Bottleneck):
+    """y + s D(y) on the hidden states that a block returns."""
+
+    def around(self, change: Callable[[Tensor], Tensor], base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return edit_output(lambda y: y + change(y), base(*args, **kwargs))

@@ -1,6 +1,7 @@
 """One file a method. Importing this package fills the registry; the list below is the only other thing to touch."""
 
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.bapna import Bapna
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
@@ -39,6 +40,7 @@ from lightning_peft.methods.nola import NOLA
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.olora import OLoRA
 from lightning_peft.methods.parallel import ParallelAdapter
+from lightning_peft.methods.pfeiffer import Pfeiffer
 from lightning_peft.methods.pissa import PiSSA
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 from lightning_peft.methods.prompt_tuning import PromptTuning
@@ -57,6 +59,8 @@ from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
 
 __all__ = [
+    "Bapna",
+    "Pfeiffer",
     "AdaLoRA",
     "BOFT",
     "BitFit",

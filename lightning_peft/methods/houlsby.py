@@ -17,7 +17,8 @@ class Houlsby(PEFT, name="houlsby", family="additive", paper="1902.00751"):
     """h + W_up phi(W_dn h + b_dn) + b_up after attention and after the feed-forward layer
 
     h is the output of the projections `o` and `down`, before dropout, residual and norm. L * 2 (2md + m + d)
-    parameters.
+    parameters. targets="o" or "down" gives the variants after attention or after the feed-forward layer alone,
+    "o,cross.o,down" an adapter after cross-attention as well.
     init "zero" starts at the base exactly; the paper's "normal" starts near it. norms: gain and bias of every norm
     train as well, as in the paper; off by default, so that adapters share one base. Source: section 2.1, figure 2.
     """

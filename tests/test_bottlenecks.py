@@ -1,0 +1,262 @@
+"""Bottleneck adapters: the papers' equations by hooks on the base in fp64, places, counts, and what each is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+import zoo
+from harness import forward, output, perturb
+from test_counts import fresh
+from test_oracles import bottleneck, compare, inputs, pair
+from torch import Tensor, nn
+
+from lightning_peft import Bapna, Houlsby, Pfeiffer
+from lightning_peft.callback import PEFT
+from lightning_peft.core import state
+from lightning_peft.core.sites import TargetError, roles, sites
+from lightning_peft.core.stream import closing_norm, edit_input, edit_output, final_norm
+
+Values = dict[str, Tensor]
+Edit = Callable[[nn.Module, Any, Any], Any]  # module, arguments, what it gave -> what it gives
+
+
+def hooked(base: nn.Module, model: str, edits: dict[str, Edit]) -> Tensor:
+    """The base's output with what these modules give replaced."""
+    handles = [base.get_submodule(name).register_forward_hook(edit) for name, edit in edits.items()]
+    try:
+        return forward(base, model, **inputs(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first(change: Callable[[Tensor], Tensor], out: Any) -> Any:
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
+def places(net: nn.Module) -> set[str]:
+    """Where the adapters with parameters are."""
+    names = {id(m): name for name, m in net.named_modules()}
+    found = [
+        x for a in state.applied_to(net).values() for x in a.placements if any(True for _ in x.adapter.parameters())
+    ]
+    return {names[id(x.place)] for x in found}
+
+
+def prefixes(values: Values, label: str) -> set[str]:
+    return {name.split(f".adapters.{label}.")[0] for name in values}
+
+
+# ------------------------------------------------------------------ where the residual stream is seen
+POST = {
+    "bert": "bert.encoder.layer.{}.output.LayerNorm",
+    "bert_mlm": "bert.encoder.layer.{}.output.LayerNorm",
+    "roberta": "roberta.encoder.layer.{}.output.LayerNorm",
+    "electra": "electra.encoder.layer.{}.output.LayerNorm",
+    "deberta": "deberta.encoder.layer.{}.output.LayerNorm",
+    "distilbert": "distilbert.transformer.layer.{}.output_layer_norm",
+    "albert": "albert.encoder.albert_layer_groups.{}.albert_layers.0.full_layer_layer_norm",
+    "bart": "model.encoder.layers.{}.final_layer_norm",
+    "bart_cls": "model.encoder.layers.{}.final_layer_norm",
+    "encoder": "encoder.layers.{}.norm2",
+    "transformer": "transformer.encoder.layers.{}.norm2",
+}
+
+
+@pytest.mark.parametrize("model", sorted(set(zoo.ZOO) - {"mlp"}))
+def test_the_norm_that_closes_a_block_is_the_one_whose_output_it_returns(model: str) -> None:
+    """Measured: in every family the tensor that the block returns is, or is not, what its closing norm gave."""
+    net, last = zoo.build(model), {}
+    found = sites(net, "block")
+    norms = {block.name: closing_norm(found, block) for block in found}
+    for site in roles(net)["norm"]:
+        site.module.register_forward_hook(lambda _, __, out, name=site.name: last.__setitem__(name, out))
+    returned: dict[str, str | None] = {}
+
+    def note(_: nn.Module, __: Any, out: Any, name: str) -> None:
+        y = out[0] if isinstance(out, tuple) else out
+        returned[name] = next((n for n, value in last.items() if value is y), None)
+
+    for block in found:
+        block.module.register_forward_hook(partial(note, name=block.name))
+    if model == "encoder" or model == "transformer":
+        torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        forward(net, model) if model != "clip" else net(**zoo.inputs(model))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert returned == {name: norm and norm.name for name, norm in norms.items()}
+    assert (model in POST) == any(norms.values())
+    if model in POST:
+        assert {POST[model].format(i) for i in range(2)} <= {n.name for n in norms.values() if n}
+
+
+FINAL = {
+    "gpt2": "transformer.ln_f",
+    "llama": "model.norm",
+    "t5": "encoder.final_layer_norm",
+    "vit": "vit.layernorm",
+    "opt": "model.decoder.final_layer_norm",
+    "bloom": "transformer.ln_f",
+    "clip": "text_model.final_layer_norm",
+    "whisper": "model.encoder.layer_norm",
+    "timm_vit": "norm",
+    "modernbert": "model.final_norm",
+    "bert_mlm": None,
+    "bart": None,
+    "encoder": None,
+    "transformer": "transformer.encoder.norm",
+}
+
+
+@pytest.mark.parametrize(("model", "name"), FINAL.items())
+def test_the_norm_after_the_last_block(model: str, name: str | None) -> None:
+    found = sites(zoo.build(model), "block")
+    norm = final_norm(found, found[0])
+    assert (norm and norm.name) == name
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_models_of_one_name_and_two_orders(before: bool) -> None:
+    """OPT and torch.nn say in their configuration where the norm goes; no name tells."""
+    options: dict[str, Any] = {"hidden_size": 8, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    opt = hf.OPTModel(hf.OPTConfig(**options, do_layer_norm_before=before, vocab_size=9, word_embed_proj_dim=8))
+    layer = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, norm_first=before), 1, enable_nested_tensor=False
+    )
+    for net in (opt, layer):
+        found = sites(net, "block")
+        assert (closing_norm(found, found[0]) is None) == before
+
+
+def test_arguments_and_outputs_of_blocks() -> None:
+    one = torch.ones(1)
+    assert edit_input(lambda x: x + 1, (one, "mask"), {"a": 1}) == ((2 * one, "mask"), {"a": 1})
+    assert edit_input(lambda x: x + 1, (), {"mask": 0, "hidden_states": one}) == ((), {"mask": 0, "hidden_states": 2})
+    assert edit_input(lambda x: x + 1, (), {"src": one, "mask": 0}) == ((), {"src": 2 * one, "mask": 0})
+    out = hf.modeling_outputs.BaseModelOutput(last_hidden_state=one, hidden_states=(one,))
+    edited = edit_output(lambda x: x + 1, out)
+    assert type(edited) is type(out)
+    assert (edited.last_hidden_state, edited.hidden_states) == (2 * one, (one,))
+    assert edit_output(lambda x: x + 1, [one, 5]) == [2 * one, 5]
+
+
+# ------------------------------------------------------------------ Houlsby's variants
+VARIANTS = {"o": ["o"], "down": ["down"], "o,cross.o,down": ["o", "cross.o", "down"]}
+
+
+@pytest.mark.parametrize("targets", list(VARIANTS))
+def test_houlsby_after_attention_cross_attention_or_the_feed_forward_layer(targets: str) -> None:
+    net, base, values = pair("t5", Houlsby(targets=targets, bottleneck=5, dtype="float64", heads=None))
+    expected = {site.name for role in VARIANTS[targets] for site in roles(base)[role]}
+    assert len(expected) == {"o": 5, "down": 5, "o,cross.o,down": 13}[targets]
+    assert prefixes(values, "houlsby") == expected
+
+    def edit(place: str) -> Edit:
+        return lambda _, __, h: h + bottleneck(values, f"{place}.adapters.houlsby", h, F.gelu)
+
+    compare(net, forward(net, "t5"), values, hooked(base, "t5", {name: edit(name) for name in expected}))
+
+
+# ------------------------------------------------------------------ Pfeiffer
+@pytest.mark.parametrize("model", ["bert", "bart", "encoder", "gpt2", "llama", "t5", "vit", "gemma2"])
+def test_pfeiffer(model: str) -> None:
+    """LN(s + D(LN(s))), s the sum that the norm reads; s + D(s) on what a pre-norm block returns."""
+    net, base, values = pair(model, Pfeiffer(bottleneck=5, dtype="float64", heads=None))
+
+    def edit(place: str) -> Edit:
+        def post(norm: nn.Module, args: Any, u: Tensor) -> Tensor:
+            s = args[0] + bottleneck(values, f"{place}.adapters.pfeiffer", u, F.relu)
+            return F.layer_norm(s, s.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+        def pre(_: nn.Module, __: Any, out: Any) -> Any:
+            return first(lambda s: s + bottleneck(values, f"{place}.adapters.pfeiffer", s, F.relu), out)
+
+        return post if model in POST else pre
+
+    found = prefixes(values, "pfeiffer")
+    assert len(found) == len(sites(base, "block"))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        compare(net, forward(net, model), values, hooked(base, model, {name: edit(name) for name in found}))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_pfeiffer_under_a_chunked_feed_forward_layer() -> None:
+    whole, chunked = (zoo.build("bert") for _ in range(2))
+    for layer in chunked.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 1
+    for net in (whole, chunked):
+        Pfeiffer(bottleneck=4).apply(net)
+        perturb(net)
+    torch.testing.assert_close(output(chunked, "bert"), output(whole, "bert"))
+
+
+def test_pfeiffer_where_the_user_names_the_norms() -> None:
+    net = zoo.build("mixer")
+    Pfeiffer(bottleneck=4, targets="*.mid", heads=None).apply(net)
+    assert places(net) == {"steps.0.mid", "steps.1.mid"}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Pfeiffer(targets="o"), r"Pfeiffer acts at the end of blocks, and '.*' \(Linear\) is none"),
+        (Bapna(targets="o"), r"Bapna acts on what blocks return, and '.*' \(Linear\) is none"),
+    ],
+)
+def test_places_that_are_none(method: PEFT, message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        method.apply(zoo.build("bert"))
+
+
+# ------------------------------------------------------------------ Bapna
+@pytest.mark.parametrize("model", ["bert", "gpt2", "t5", "encoder"])
+def test_bapna(model: str) -> None:
+    net, base, values = pair(model, Bapna(bottleneck=5, dtype="float64", heads=None))
+
+    def edit(place: str) -> Edit:
+        def change(y: Tensor) -> Tensor:
+            here = f"{place}.adapters.bapna"
+            u = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            return y + bottleneck(values, here, u * values[f"{here}.gain"] + values[f"{here}.shift"], F.relu)
+
+        return lambda _, __, out: first(change, out)
+
+    found = prefixes(values, "bapna")
+    assert found == {site.name for site in sites(base, "block")}
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        compare(net, forward(net, model), values, hooked(base, model, {name: edit(name) for name in found}))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+# ------------------------------------------------------------------ counts
+def count(model: str, method: PEFT) -> int:
+    return state.describe(method.apply(fresh(model)))["trainable"]
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "expected"),
+    [
+        ("bert-base", Pfeiffer(bottleneck=48, heads=None), 894_528),
+        ("t5-base", Pfeiffer(bottleneck=24, heads=None), 903_744),
+        # AdapterL in the LoRA paper: L (2md + m + d), and 2d of the new norm
+        ("gpt2-medium", Bapna(bottleneck=6, heads=None), 368_784),
+        ("gpt2-medium", Bapna(bottleneck=224, heads=None), 11_089_152),
+        ("gpt2-large", Bapna(bottleneck=8, heads=None), 875_808),
+        ("gpt2-large", Bapna(bottleneck=248, heads=None), 23_002_848),
+        ("gpt2-medium", Houlsby(targets="down", bottleneck=6, heads=None), 368_784 - 24 * 2 * 1024),
+        ("gpt3", Houlsby(bottleneck=1, heads=None), 7_078_080),
+    ],
+)
+def test_counts(model: str, method: PEFT, expected: int) -> None:
+    assert count(model, method) == expected
