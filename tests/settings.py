@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "full": {},
     "houlsby": {"bottleneck": 6},
+    "adaptformer": {"bottleneck": 6},
     "bapna": {"bottleneck": 6},
     "pfeiffer": {"bottleneck": 6},
     "ia3": {},
@@ -142,6 +143,7 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("krona_b_res", "mlp"): TargetError,
     **{("trainable_tokens", model): TargetError for model in ("vit", "mlp")},  # no tokens
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
+    ("adaptformer", "mlp"): TargetError,  # no blocks
     ("bapna", "mlp"): TargetError,  # no blocks
     ("pfeiffer", "mlp"): TargetError,  # no blocks
 }
@@ -169,6 +171,7 @@ QUICK = {
     "bitfit": ("gpt2", "t5", "encoder"),
     "full": ("bert", "mlp"),
     "houlsby": ("bert", "encoder"),
+    "adaptformer": ("vit", "gpt2"),
     "bapna": ("t5", "vit"),
     "pfeiffer": ("t5", "encoder"),
     "ia3": ("gpt2", "llama", "mlp"),

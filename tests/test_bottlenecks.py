@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,12 +13,13 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 import zoo
-from harness import forward, output, perturb
+from harness import forward, loss, output, perturb
 from test_counts import fresh
+from test_gradient_checkpointing import check_exact
 from test_oracles import bottleneck, compare, inputs, pair
 from torch import Tensor, nn
 
-from lightning_peft import Bapna, Houlsby, Pfeiffer
+from lightning_peft import AdaptFormer, Bapna, Houlsby, ParallelAdapter, Pfeiffer
 from lightning_peft.callback import PEFT
 from lightning_peft.core import state
 from lightning_peft.core.sites import TargetError, roles, sites
@@ -260,3 +263,125 @@ def count(model: str, method: PEFT) -> int:
 )
 def test_counts(model: str, method: PEFT, expected: int) -> None:
     assert count(model, method) == expected
+
+
+# ------------------------------------------------------------------ parallel adapters
+FFN = {  # the feed-forward layer, its norm and its last projection, by block
+    "gpt2": ("transformer.h.{}.mlp", "transformer.h.{}.ln_2", "transformer.h.{}.mlp.c_proj"),
+    "llama": ("model.layers.{}.mlp", "model.layers.{}.post_attention_layernorm", "model.layers.{}.mlp.down_proj"),
+    "gemma2": ("model.layers.{}.mlp", "model.layers.{}.pre_feedforward_layernorm", "model.layers.{}.mlp.down_proj"),
+    "gptj": ("transformer.h.{}.mlp", "transformer.h.{}.ln_1", "transformer.h.{}.mlp.fc_out"),
+    "vit": ("vit.layers.{}.mlp", "vit.layers.{}.layernorm_after", "vit.layers.{}.mlp.fc2"),
+    "phi3": ("model.layers.{}.mlp", "model.layers.{}.post_attention_layernorm", "model.layers.{}.mlp.down_proj"),
+    "timm_vit": ("blocks.{}.mlp", "blocks.{}.norm2", "blocks.{}.mlp.fc2"),
+}
+
+
+def beside(
+    base: nn.Module, layer: str, read: str, change: Callable[[Tensor], Tensor], out: str = ""
+) -> dict[str, Edit]:
+    """Edits that add `change` of what the module `read` is given to what `layer` gives."""
+    seen: list[Tensor] = []
+    base.get_submodule(read).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    return {out or layer: lambda _, __, given: first(lambda y: y + change(seen.pop()), given)}
+
+
+@pytest.mark.parametrize("model", list(FFN))
+@pytest.mark.parametrize("read", ["normed", "residual"])
+def test_parallel_to_the_feed_forward_layer(model: str, read: str) -> None:
+    """f + s D(u): u what the layer reads, or what the norm before it reads."""
+    method = ParallelAdapter(bottleneck=5, scale=2.0, input=read, dtype="float64", heads=None)  # type: ignore[arg-type]
+    net, base, values = pair(model, method)
+    edits: dict[str, Edit] = {}
+    for i in range(2):
+        layer, norm, down = (name.format(i) for name in FFN[model])
+        change = partial(bottleneck, values, f"{down}.adapters.parallel", phi=F.relu)
+        edits |= beside(base, layer, layer if read == "normed" else norm, lambda u, change=change: 2.0 * change(u))
+    assert len(values) == 8
+    compare(net, forward(net, model), values, hooked(base, model, edits))
+
+
+ATTENTION = {  # attention, its block, its last projection
+    "bert": ("bert.encoder.layer.{}.attention.self", "bert.encoder.layer.{}", "bert.encoder.layer.{}.attention.output.dense"),
+    "gpt2": ("transformer.h.{}.attn", "transformer.h.{}", "transformer.h.{}.attn.c_proj"),
+    "llama": ("model.layers.{}.self_attn", "model.layers.{}", "model.layers.{}.self_attn.o_proj"),
+    "encoder": ("encoder.layers.{}.self_attn", "encoder.layers.{}", "encoder.layers.{}.self_attn.o"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", list(ATTENTION))
+@pytest.mark.parametrize("read", ["normed", "residual"])
+@pytest.mark.parametrize("scale", [0.5, None])
+def test_parallel_to_attention(model: str, read: str, scale: float | None) -> None:
+    """o + s D(u): u what attention reads, or the block's input; one and the same in post-norm models."""
+    method = ParallelAdapter(targets="o", bottleneck=5, scale=scale, input=read, dtype="float64", heads=None)  # type: ignore[arg-type]
+    net, base, values = pair(model, method)
+    edits: dict[str, Edit] = {}
+    for i in range(2):
+        layer, block, o = (name.format(i) for name in ATTENTION[model])
+        here = f"{o}.adapters.parallel"
+
+        def change(u: Tensor, here: str = here) -> Tensor:
+            return (scale or values[f"{here}.gain"]) * bottleneck(values, here, u, F.relu)
+
+        out = o if model == "bert" else layer
+        edits |= beside(base, layer, block if read == "residual" else layer, change, out)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        compare(net, forward(net, model), values, hooked(base, model, edits))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_parallel_to_cross_attention_reads_what_the_queries_are_made_of() -> None:
+    net, base, values = pair("t5", ParallelAdapter(targets="cross.o", bottleneck=5, dtype="float64", heads=None))
+    edits: dict[str, Edit] = {}
+    for i in range(3):
+        layer = f"decoder.block.{i}.layer.1.EncDecAttention"
+        change = partial(bottleneck, values, f"{layer}.o.adapters.parallel", phi=F.relu)
+        edits |= beside(base, layer, layer, lambda u, change=change: 4.0 * change(u))
+    compare(net, forward(net, "t5"), values, hooked(base, "t5", edits))
+
+
+@pytest.mark.parametrize(("model", "targets"), [("llama", "down"), ("bert", "o")])
+def test_the_residual_stream_through_compilation_copies_and_checkpoints(model: str, targets: str) -> None:
+    net = zoo.build(model)
+    ParallelAdapter(targets=targets, bottleneck=4, input="residual", heads=None).apply(net)
+    perturb(net)
+    expected = output(net, model)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(output(compiled, model), expected, atol=1e-6, rtol=1e-6)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    perturb(net)
+    assert torch.equal(output(twin, model), expected)
+    check_exact(twin, partial(loss, model=model))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("mlp", {"targets": "mlp"}, "needs the feed-forward layer around"),
+        ("t5", {"targets": "cross.o", "input": "residual"}, "it is after cross-attention"),
+        ("mlp", {"targets": "o", "roles": {"o": "mlp"}}, "needs the attention layer around"),
+        ("mlp", {"roles": {"up": "mlp", "down": "lora"}, "input": "residual"}, "it is in no known block"),
+    ],
+)
+def test_parallel_where_it_cannot_be(model: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        ParallelAdapter(**options).apply(zoo.build(model))
+
+
+# ------------------------------------------------------------------ AdaptFormer
+def test_adaptformer() -> None:
+    """x + MLP(LN x) + 0.1 W_up relu(W_dn LN x), as the paper has it; 64 wide on ViT-B."""
+    net, base, values = pair("vit", AdaptFormer(bottleneck=5, dtype="float64", heads=None))
+    edits: dict[str, Edit] = {}
+    for i in range(2):
+        layer, _, down = (name.format(i) for name in FFN["vit"])
+        change = partial(bottleneck, values, f"{down}.adapters.adaptformer", phi=F.relu)
+        edits |= beside(base, layer, layer, lambda u, change=change: 0.1 * change(u))
+    compare(net, forward(net, "vit"), values, hooked(base, "vit", edits))
+    assert count("vit-b", AdaptFormer(heads=None)) == 12 * (2 * 64 * 768 + 64 + 768)

@@ -47,6 +47,7 @@ RANDOM = {
     "relora",
     "adalora",
     "houlsby",
+    "adaptformer",
     "bapna",
     "pfeiffer",
     "corda",

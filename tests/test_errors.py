@@ -223,7 +223,7 @@ def test_targets_at_which_a_method_cannot_act(model: str, method: Callable[[], P
 def test_a_parallel_adapter_beside_anything_but_a_feed_forward_layer() -> None:
     net = zoo.build("bert")
     with pytest.raises(TargetError, match="needs the feed-forward layer"):
-        ParallelAdapter(targets="o").apply(net)
+        ParallelAdapter(targets="q").apply(net)
 
 
 def test_a_down_projection_alone_says_what_is_missing() -> None:

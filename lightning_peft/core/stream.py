@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_peft.core.sites import Site, Sites
 
 CLOSING = re.compile(r"output_layer_norm|full_layer_layer_norm|final_layer_norm")  # DistilBERT, ALBERT, BART
+AFTER = re.compile(r"post_(?:feedforward|ffn?|mlp)\w*")  # of what a feed-forward layer gives (Gemma 2)
 NOT_FINAL = re.compile(r".*embed.*|pre_.*|LayerNorm")  # of embeddings (BLOOM, BART), of patches (CLIP), of distances
 
 
@@ -37,6 +38,17 @@ def closing_norm(sites: Sites, block: Site) -> Site | None:
     return named[-1] if named and final_norm(sites, block) is None else None
 
 
+def norms_before(sites: Sites, block: Site) -> list[Site]:
+    """Norms of a pre-norm block, of which the last to run before the feed-forward layer reads the residual stream.
+
+    None in a post-norm block, where a layer reads the stream itself.
+    """
+    if closing_norm(sites, block) is not None:
+        return []
+    norms = [s for s in sites.known if s.role == "norm" and s.block == block.name]
+    return [s for s in norms if not AFTER.fullmatch(s.name.rpartition(".")[2])]
+
+
 def final_norm(sites: Sites, block: Site) -> Site | None:
     """The norm after the last block of the stack that `block` is in: the nearest on the way up to the root."""
     above, name = [], _parent(block.name)
@@ -55,8 +67,17 @@ def edit_input(
     """The arguments of a block with its hidden states (the first, whatever it is called) changed."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+    name = _first_name(kwargs)
     return args, {**kwargs, name: change(kwargs[name])}
+
+
+def read_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a block."""
+    return args[0] if args else kwargs[_first_name(kwargs)]
+
+
+def _first_name(kwargs: dict[str, Any]) -> str:
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
 def edit_output(change: Callable[[Tensor], Tensor], out: Any) -> Any:

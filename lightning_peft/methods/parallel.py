@@ -5,7 +5,7 @@ https://arxiv.org/abs/2110.04366
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,22 @@ from lightning_peft.core.bottleneck import Activation, Bottleneck, Init
 from lightning_peft.core.fields import positive
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import Site, Sites, TargetError
+from lightning_peft.core.stream import norms_before, read_input
 
 
 class Tap(Adapter):
-    """Notes the input of the feed-forward layer; changes nothing."""
+    """Notes what a place reads, or tells another tap of it; changes nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, other: Tap | None = None) -> None:
         super().__init__()
         self.seen: Tensor | None = None
+        self.other: Any
+        vars(self)["other"] = other  # it is registered at a place of its own
 
-    def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:
-        self.seen = x
-        return base(x)
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        tap = self if self.other is None else self.other
+        tap.seen = read_input(args, kwargs)
+        return base(*args, **kwargs)
 
     def take(self) -> Tensor:
         """What was noted, once."""
@@ -62,8 +66,10 @@ class ParallelAdapter(PEFT, name="parallel", family="additive", paper="2110.0436
     """f(u) + s (W_up phi(W_dn u + b_dn) + b_up), u the input of the feed-forward layer f
 
     u is what the layer itself reads: the attention block's output in post-norm models, its norm in pre-norm models.
-    The sum is taken at the down projection, before dropout and residual. L (2md + m + d) parameters. scale None makes
-    s a trained scalar that starts at 1. Source: section 4.4, table 4.
+    input="residual" takes the residual stream instead, before that norm (as the `adapters` package does); in a
+    post-norm model this is the same. targets="o" puts the adapter beside attention, u what the queries are made of, or
+    the block's input. The sum is taken at the last projection, before dropout and residual. L (2md + m + d) parameters.
+    scale None makes s a trained scalar that starts at 1. Source: section 4.4, table 4.
     """
 
     targets: str | list[str] | None = "down"
@@ -71,24 +77,64 @@ class ParallelAdapter(PEFT, name="parallel", family="additive", paper="2110.0436
     activation: Activation = "relu"
     init: Init = "zero"
     scale: float | None = 4.0
+    input: Literal["normed", "residual"] = "normed"
 
     def check(self) -> None:
         positive(self, "bottleneck")
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
-        for entry, site in feed_forward(sites, "ParallelAdapter"):
+        for site in sites:
             tap = Tap()
-            yield entry, tap
+            for i, entry in enumerate(self.entries(sites, site)):
+                yield entry, Tap(tap) if i else tap
             yield site, Parallel(tap, site, self.bottleneck, self.activation, self.init, self.scale)
+
+    def entries(self, sites: Sites, site: Site) -> list[Site]:
+        """Where to listen: at the layer's first projection, at its block, or at the norms of which the last counts."""
+        method = type(self).__name__
+        if site.role in ("o", "cross.o"):
+            entry = attention_entry(sites, site, method)
+            return [entry] if self.input == "normed" else [block_of(sites, site, method)]
+        entry, _ = feed_forward_of(sites, site, method)
+        before = norms_before(sites, block_of(sites, site, method)) if self.input == "residual" else []
+        return before or [entry]
 
 
 def feed_forward(sites: Sites, method: str) -> Iterator[tuple[Site, Site]]:
     """The first and the last projection of the feed-forward layers whose last ones these are."""
     for site in sites:
-        entry, down = sites.sibling(site, "up"), sites.sibling(site, "down")
-        if entry is None or down is None or down.module is not site.module or entry.in_features != down.out_features:
-            raise TargetError(
-                f"{method} needs the feed-forward layer around {site.name!r}: an `up` projection in the same block "
-                f"that reads {site.out_features} features. Use targets='down' on a model whose roles are known."
-            )
-        yield entry, site
+        yield feed_forward_of(sites, site, method)
+
+
+def feed_forward_of(sites: Sites, site: Site, method: str) -> tuple[Site, Site]:
+    """The first and the last projection of the feed-forward layer whose last one this is."""
+    entry, down = sites.sibling(site, "up"), sites.sibling(site, "down")
+    if entry is None or down is None or down.module is not site.module or entry.in_features != down.out_features:
+        raise TargetError(
+            f"{method} needs the feed-forward layer around {site.name!r}: an `up` projection in the same block "
+            f"that reads {site.out_features} features. Use targets='down' on a model whose roles are known."
+        )
+    return entry, site
+
+
+def attention_entry(sites: Sites, site: Site, method: str) -> Site:
+    """Where the attention layer whose output projection this is reads what it asks about."""
+    cross = str(site.role).removesuffix("o")
+    entry = sites.sibling(site, f"{cross}q") or sites.sibling(site, f"{cross}qkv")
+    if entry is None or entry.in_features != site.out_features:
+        raise TargetError(
+            f"{method} needs the attention layer around {site.name!r}: a `{cross}q` projection in the same block that "
+            f"reads {site.out_features} features. Use targets='o' on a model whose roles are known."
+        )
+    return entry
+
+
+def block_of(sites: Sites, site: Site, method: str) -> Site:
+    """The block that a site is in, for input="residual"."""
+    block = next((s for s in sites.known if s.role == "block" and s.name == site.block), None)
+    if block is None or site.role == "cross.o":
+        raise TargetError(
+            f"{method}(input='residual') cannot see the residual stream at {site.name!r}: it is "
+            f"{'in no known block' if block is None else 'after cross-attention'}. Use input='normed' there."
+        )
+    return block
