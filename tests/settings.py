@@ -25,6 +25,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "full": {},
     "houlsby": {"bottleneck": 6},
+    "invertible": {},
+    "output_adapter": {"bottleneck": 6},
+    "input_adapter": {"bottleneck": 6},
     "adaptformer": {"bottleneck": 6},
     "bapna": {"bottleneck": 6},
     "pfeiffer": {"bottleneck": 6},
@@ -126,6 +129,7 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "vb_lora": {"targets": "mlp,lora"},
     "randlora": {"targets": "mlp,lora"},
     "houlsby": {"targets": "mlp,lora"},
+    "output_adapter": {"targets": "mlp", "activation": "identity"},
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
     "qalora": {"targets": "mlp,lora"},
 }
@@ -143,6 +147,8 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("krona_b_res", "mlp"): TargetError,
     **{("trainable_tokens", model): TargetError for model in ("vit", "mlp")},  # no tokens
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
+    ("invertible", "mlp"): TargetError,  # no blocks
+    ("input_adapter", "mlp"): TargetError,  # no blocks
     ("adaptformer", "mlp"): TargetError,  # no blocks
     ("bapna", "mlp"): TargetError,  # no blocks
     ("pfeiffer", "mlp"): TargetError,  # no blocks
@@ -150,6 +156,7 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
 # BitFit, SSF and GLoRA's C and E make biases where there are none, and such a projection has no place to fold one into
 UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
     **{(n, m): NotMergeableError for n in ("bitfit", "ssf", "glora") for m in ("llama", "t5", "mlp")},
+    **{("output_adapter", m): NotMergeableError for m in MODELS if m != "mlp"},  # at norms and blocks, and not linear
     **{(name, "encoder"): NotMergeableError for name in ("said", "did")},  # they move packed attention as one
 }
 
@@ -171,6 +178,9 @@ QUICK = {
     "bitfit": ("gpt2", "t5", "encoder"),
     "full": ("bert", "mlp"),
     "houlsby": ("bert", "encoder"),
+    "invertible": ("gpt2", "t5"),
+    "output_adapter": ("bert", "gpt2", "mlp"),
+    "input_adapter": ("t5", "encoder"),
     "adaptformer": ("vit", "gpt2"),
     "bapna": ("t5", "vit"),
     "pfeiffer": ("t5", "encoder"),

@@ -19,9 +19,21 @@ from test_gradient_checkpointing import check_exact
 from test_oracles import bottleneck, compare, inputs, pair
 from torch import Tensor, nn
 
-from lightning_peft import AdaptFormer, Bapna, Houlsby, ParallelAdapter, Pfeiffer
+from lightning_peft import (
+    AdaptFormer,
+    Bapna,
+    Houlsby,
+    InputAdapter,
+    Invertible,
+    LoRA,
+    OutputAdapter,
+    ParallelAdapter,
+    Pfeiffer,
+)
 from lightning_peft.callback import PEFT
 from lightning_peft.core import state
+from lightning_peft.core.adapter import NotMergeableError
+from lightning_peft.core.merge import MergeError
 from lightning_peft.core.sites import TargetError, roles, sites
 from lightning_peft.core.stream import closing_norm, edit_input, edit_output, final_norm
 
@@ -385,3 +397,188 @@ def test_adaptformer() -> None:
         edits |= beside(base, layer, layer, lambda u, change=change: 0.1 * change(u))
     compare(net, forward(net, "vit"), values, hooked(base, "vit", edits))
     assert count("vit-b", AdaptFormer(heads=None)) == 12 * (2 * 64 * 768 + 64 + 768)
+
+
+# ------------------------------------------------------------------ the ends of a model
+ENDS = {  # the first block, and what gives the last hidden states
+    "bert": ({"bert.encoder.layer.0"}, {"bert.encoder.layer.1"}),
+    "gpt2": ({"transformer.h.0"}, {"transformer.ln_f"}),
+    "llama": ({"model.layers.0"}, {"model.norm"}),
+    "t5": ({"encoder.block.0", "decoder.block.0"}, {"decoder.final_layer_norm"}),
+    "bart": ({"model.encoder.layers.0", "model.decoder.layers.0"}, {"model.decoder.layers.2"}),
+    "vit": ({"vit.layers.0"}, {"vit.layernorm"}),
+    "encoder": ({"encoder.layers.0"}, {"encoder.layers.1"}),
+}
+
+
+@pytest.mark.parametrize("model", list(ENDS))
+def test_input_adapter(model: str) -> None:
+    """e + D(e) on what the first block reads."""
+    net, base, values = pair(model, InputAdapter(bottleneck=5, dtype="float64", heads=None))
+    assert prefixes(values, "input_adapter") == places(net) == ENDS[model][0]
+
+    def edit(_: nn.Module, args: Any, kwargs: Any, place: str) -> Any:
+        def change(e: Tensor) -> Tensor:
+            return e + bottleneck(values, f"{place}.adapters.input_adapter", e, F.gelu)
+
+        return ((change(args[0]), *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": change(kwargs["hidden_states"])})  # fmt: skip
+
+    for place in ENDS[model][0]:
+        base.get_submodule(place).register_forward_pre_hook(partial(edit, place=place), with_kwargs=True)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        compare(net, forward(net, model), values, hooked(base, model, {}))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.parametrize("model", list(ENDS))
+def test_output_adapter(model: str) -> None:
+    """z + D(z) on what the last norm gives, or the last block."""
+    net, base, values = pair(model, OutputAdapter(bottleneck=5, dtype="float64", heads=None))
+    assert prefixes(values, "output_adapter") == places(net) == ENDS[model][1]
+
+    def edit(place: str) -> Edit:
+        here = f"{place}.adapters.output_adapter"
+        return lambda _, __, out: first(lambda z: z + bottleneck(values, here, z, F.gelu), out)
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        compare(net, forward(net, model), values, hooked(base, model, {p: edit(p) for p in ENDS[model][1]}))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def saved_before(net: nn.Module, model: str) -> int:
+    """How many tensors autograd has kept when the output adapter comes to its own product."""
+    adapter = state.applied_to(net)["output_adapter"].placements[-1].adapter
+    product, saved, before = adapter.bottleneck, [], []  # type: ignore[attr-defined]
+    vars(adapter)["bottleneck"] = lambda z: before.append(len(saved)) or product(z)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        loss(net.train(), model).backward()
+    assert len(before) == 1
+    assert saved
+    return before[0]
+
+
+@pytest.mark.parametrize("model", list(ENDS))
+def test_an_output_adapter_keeps_nothing_of_the_backbone(model: str) -> None:
+    net = OutputAdapter(bottleneck=4).apply(zoo.build(model))
+    assert saved_before(net, model) == 0
+    other = OutputAdapter(bottleneck=4).apply(zoo.build(model))
+    LoRA(rank=2, layers=0, heads=None).apply(other)
+    assert saved_before(other, model) > 0
+
+
+def test_a_linear_output_adapter_is_a_change_of_the_head() -> None:
+    """W (z + s U (D z + c_d) + s c_u) + b, merged into W (d_out != d_in) and b; the gradients of the oracle."""
+    options: dict[str, Any] = {"targets": "head", "activation": "identity", "bottleneck": 3, "dtype": "float64"}
+    method = OutputAdapter(**options, heads=None)
+    net, base, values = pair("bert", method)
+    w, b = base.classifier.weight, base.classifier.bias
+    down, down_bias, up, up_bias = (
+        values[f"classifier.adapters.output_adapter.{name}"] for name in ("down", "down_bias", "up", "up_bias")
+    )
+    dense = {"classifier.weight": w + w @ up @ down, "classifier.bias": b + w @ (up @ down_bias + up_bias)}
+    assert w.shape == (zoo.CLASSES, zoo.HIDDEN)
+    expected = torch.func.functional_call(base, dense, kwargs=inputs("bert")).logits
+    compare(net, forward(net, "bert"), values, expected)
+    method.merge(net)
+    for name, weight in dense.items():
+        torch.testing.assert_close(net.get_parameter(name), weight, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        ("bert", {"targets": "head"}, NotMergeableError, "only a linear adapter"),
+        ("llama", {"targets": "lm_head", "activation": "identity"}, NotMergeableError, "without a bias"),
+        ("gpt2", {"targets": "lm_head", "activation": "identity"}, MergeError, "is tied"),
+    ],
+)
+def test_heads_that_take_no_adapter_in(model: str, options: dict[str, Any], error: Any, message: str) -> None:
+    net, method = zoo.build(model), OutputAdapter(**options)
+    method.apply(net)
+    with pytest.raises(error, match=message):
+        method.merge(net)
+
+
+@pytest.mark.parametrize("cls", [InputAdapter, OutputAdapter])
+def test_blocks_that_run_again_are_no_ends(cls: Any) -> None:
+    with pytest.raises(TargetError, match="runs the same blocks several times"):
+        cls().apply(zoo.build("albert"))
+    net = cls(targets="embed" if cls is InputAdapter else "head", bottleneck=4).apply(zoo.build("albert"))
+    assert places(net) == {"albert.embeddings.word_embeddings" if cls is InputAdapter else "classifier"}
+
+
+# ------------------------------------------------------------------ invertible adapters
+def coupled(values: Values, place: str, e: Tensor, phi: Callable[[Tensor], Tensor] = F.relu) -> Tensor:
+    e1, e2 = e[..., : e.shape[-1] // 2], e[..., e.shape[-1] // 2 :]
+    here = f"{place}.adapters.invertible.coupling"
+    o1 = e1 + bottleneck(values, f"{here}.f", e2, phi)
+    return torch.cat([o1, e2 + bottleneck(values, f"{here}.g", o1, phi)], -1)
+
+
+def uncoupled(values: Values, place: str, o: Tensor) -> Tensor:
+    o1, o2 = o[..., : o.shape[-1] // 2], o[..., o.shape[-1] // 2 :]
+    here = f"{place}.adapters.invertible.coupling"
+    e2 = o2 - bottleneck(values, f"{here}.g", o1, F.relu)
+    return torch.cat([o1 - bottleneck(values, f"{here}.f", e2, F.relu), e2], -1)
+
+
+TIED = {  # tables of embeddings, and the projections tied to them
+    "gpt2": (["transformer.wte"], ["lm_head"]),
+    "t5": (["encoder.embed_tokens", "decoder.embed_tokens"], ["lm_head"]),
+    "bert_mlm": (["bert.embeddings.word_embeddings"], ["cls.predictions.decoder"]),
+    "llama": (["model.embed_tokens"], []),
+    "vit": (["vit.embeddings.patch_embeddings"], []),
+}
+
+
+@pytest.mark.parametrize("model", list(TIED))
+def test_invertible(model: str) -> None:
+    """o1 = F(e2) + e1, o2 = G(o1) + e2 on embeddings; its inverse before what is tied to them; one set of weights."""
+    net, base, values = pair(model, Invertible(dtype="float64", heads=None))
+    tables, heads = TIED[model]
+    assert places(net) == {*tables, *heads}
+    assert len(values) == 8
+    assert prefixes(values, "invertible") == {tables[0]}
+    half, middle = zoo.HIDDEN // 2, zoo.HIDDEN // 4
+    assert sum(v.numel() for v in values.values()) == 2 * (2 * half * middle + middle + half)
+    for name in heads:
+        base.get_submodule(name).register_forward_pre_hook(lambda _, args: uncoupled(values, tables[0], args[0]))
+    edits: dict[str, Edit] = {name: lambda _, __, e: coupled(values, tables[0], e) for name in tables}
+    compare(net, forward(net, model), values, hooked(base, model, edits))
+
+
+def test_the_inverse_is_exact() -> None:
+    net = Invertible(activation="tanh").apply(zoo.build("gpt2"))
+    perturb(net, scale=0.5)
+    coupling = state.get_applied(net).placements[0].adapter.coupling.double()
+    x = torch.randn(3, 5, zoo.HIDDEN, dtype=torch.float64)
+    assert not torch.allclose(coupling(x), x, atol=0.1)
+    torch.testing.assert_close(coupling.inverse(coupling(x)), x, atol=1e-13, rtol=1e-13)
+    torch.testing.assert_close(coupling(coupling.inverse(x)), x, atol=1e-13, rtol=1e-13)
+
+
+def test_the_inverse_at_a_head_that_is_not_tied() -> None:
+    net = Invertible(inverse="lm_head").apply(zoo.build("llama"))
+    assert places(net) == {"model.embed_tokens", "lm_head"}
+    assert places(Invertible(inverse=None).apply(zoo.build("gpt2"))) == {"transformer.wte"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": 17}, "do not fall into two halves that can be reduced so far"),
+        ({"inverse": "*.0.mlp.down_proj"}, "reads 64 features, the embeddings have 32"),
+    ],
+)
+def test_couplings_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        Invertible(**options).apply(zoo.build("llama"))
+
+
+def test_nested_adapters_take_the_dtype_that_is_asked_for() -> None:
+    net = Invertible(dtype="float64").apply(zoo.build("gpt2"))
+    assert {p.dtype for p in state.trainable(net).values()} == {torch.float64}

@@ -114,7 +114,9 @@ class Adapter(nn.Module):
 
     def cast_(self, dtype: torch.dtype) -> Adapter:
         """Change the dtype of the adapter's own tensors; `.to(dtype)` on the model leaves them alone on purpose."""
-        super()._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        for module in self.modules():
+            if isinstance(module, Adapter):  # those inside of it keep theirs, too
+                nn.Module._apply(module, lambda t: t.to(dtype) if t.is_floating_point() else t)
         return self
 
 

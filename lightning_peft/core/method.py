@@ -317,18 +317,31 @@ def _detach_all(applied: Applied) -> None:
 def _base_tensors(
     plans: list[Any], selected: list[Selected], model: nn.Module
 ) -> Iterator[tuple[str, Tensor | state.Known]]:
-    """What identifies the base: all parameters of the smallest part that holds what is adapted, without heads."""
+    """What identifies the base: all parameters of the smallest part that holds what is adapted, without heads.
+
+    A norm alone says too little: the part holds a matrix, too.
+    """
     heads = {id(s.parameter) for s in selected if s.head}
     names = [site.name for _, _, plan in plans for site, _ in plan]
     if not names:
         where = {id(m): name for name, m in model.named_modules()}
         names = [where[id(s.module)] for s in selected if not s.head]
-    tower = model.get_submodule(common(names)) if names else model
-    for module in sorted_modules(tower):
+    name = common(names) if names else ""
+    while name and not has_matrix(model.get_submodule(name)):
+        name = name.rpartition(".")[0]
+    for module in sorted_modules(model.get_submodule(name)):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in heads:
                 known = state.known_weight(module, name, parameter)
                 yield name if known is parameter else "weight", known
+
+
+def has_matrix(tower: nn.Module) -> bool:
+    return any(
+        len(state.known_weight(module, name, parameter).shape) > 1
+        for module in state.base_modules(tower)
+        for name, parameter in module.named_parameters(recurse=False)
+    )
 
 
 def common(names: list[str]) -> str:

@@ -88,3 +88,10 @@ def edit_output(change: Callable[[Tensor], Tensor], out: Any) -> Any:
         first = next(iter(out))
         return type(out)(**{**out, first: change(out[first])})  # type: ignore[call-arg]
     return type(out)((change(out[0]), *out[1:]))
+
+
+def runs_again(sites: Sites) -> bool:
+    """Whether the model runs its blocks several times (ALBERT), so that none is the first or the last."""
+    configs = [getattr(module, "config", None) for module in sites.model.modules()]
+    counts = [(getattr(c, "num_hidden_groups", 0), getattr(c, "num_hidden_layers", 0)) for c in configs]
+    return any(0 < groups < layers for groups, layers in counts)

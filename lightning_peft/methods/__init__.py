@@ -10,6 +10,7 @@ from lightning_peft.methods.corda import CorDA
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dvora import DVoRA
+from lightning_peft.methods.ends import InputAdapter, OutputAdapter
 from lightning_peft.methods.eva import EVA
 from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.full import FullFineTuning
@@ -19,6 +20,7 @@ from lightning_peft.methods.hira import HiRA
 from lightning_peft.methods.houlsby import Houlsby
 from lightning_peft.methods.hra import HRA
 from lightning_peft.methods.ia3 import IA3
+from lightning_peft.methods.invertible import Invertible
 from lightning_peft.methods.krona import KronA
 from lightning_peft.methods.krona_b import KronAB, KronABRes
 from lightning_peft.methods.linear_probe import LinearProbe
@@ -60,6 +62,9 @@ from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
 
 __all__ = [
+    "Invertible",
+    "OutputAdapter",
+    "InputAdapter",
     "AdaptFormer",
     "Bapna",
     "Pfeiffer",
