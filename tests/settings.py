@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "full": {},
     "houlsby": {"bottleneck": 6},
+    "adapterdrop": {"bottleneck": 6, "n": 1, "train": "fixed"},
     "invertible": {},
     "output_adapter": {"bottleneck": 6},
     "input_adapter": {"bottleneck": 6},
@@ -147,6 +148,7 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("krona_b_res", "mlp"): TargetError,
     **{("trainable_tokens", model): TargetError for model in ("vit", "mlp")},  # no tokens
     ("parallel", "mlp"): TargetError,  # no feed-forward layer
+    ("adapterdrop", "mlp"): TargetError,  # no blocks
     ("invertible", "mlp"): TargetError,  # no blocks
     ("input_adapter", "mlp"): TargetError,  # no blocks
     ("adaptformer", "mlp"): TargetError,  # no blocks
@@ -178,6 +180,7 @@ QUICK = {
     "bitfit": ("gpt2", "t5", "encoder"),
     "full": ("bert", "mlp"),
     "houlsby": ("bert", "encoder"),
+    "adapterdrop": ("gpt2", "encoder"),
     "invertible": ("gpt2", "t5"),
     "output_adapter": ("bert", "gpt2", "mlp"),
     "input_adapter": ("t5", "encoder"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import boring
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from test_oracles import bottleneck, compare, inputs, pair
 from torch import Tensor, nn
 
 from lightning_peft import (
+    AdapterDrop,
     AdaptFormer,
     Bapna,
     Houlsby,
@@ -33,6 +37,7 @@ from lightning_peft import (
 from lightning_peft.callback import PEFT
 from lightning_peft.core import state
 from lightning_peft.core.adapter import NotMergeableError
+from lightning_peft.core.fields import FieldError
 from lightning_peft.core.merge import MergeError
 from lightning_peft.core.sites import TargetError, roles, sites
 from lightning_peft.core.stream import closing_norm, edit_input, edit_output, final_norm
@@ -582,3 +587,105 @@ def test_couplings_that_cannot_be(options: dict[str, Any], message: str) -> None
 def test_nested_adapters_take_the_dtype_that_is_asked_for() -> None:
     net = Invertible(dtype="float64").apply(zoo.build("gpt2"))
     assert {p.dtype for p in state.trainable(net).values()} == {torch.float64}
+
+
+# ------------------------------------------------------------------ AdapterDrop
+def dropped(base: nn.Module, values: Values, model: str, n: int) -> Tensor:
+    """Pfeiffer's adapters in blocks n and above."""
+    edits: dict[str, Edit] = {}
+    for place in prefixes(values, "adapterdrop"):
+        if int(re.findall(r"\d+", place)[0]) < n:
+            continue
+
+        def post(norm: nn.Module, args: Any, u: Tensor, here: str = f"{place}.adapters.adapterdrop") -> Tensor:
+            s = args[0] + bottleneck(values, here, u, F.relu)
+            return F.layer_norm(s, s.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+        def pre(_: nn.Module, __: Any, out: Any, here: str = f"{place}.adapters.adapterdrop") -> Any:
+            return first(lambda s: s + bottleneck(values, here, s, F.relu), out)
+
+        edits[place] = post if model in POST else pre
+    return hooked(base, model, edits)
+
+
+@pytest.mark.parametrize("model", ["bert", "llama", "t5"])
+def test_adapterdrop_at_any_depth(model: str) -> None:
+    """The first n blocks of each stack are the base's: in eval as asked, in training as drawn, with their gradients."""
+    method = AdapterDrop(n=1, bottleneck=5, dtype="float64", heads=None)
+    net, base, values = pair(model, method)
+    for n in (1, 0, 2, 1):
+        method.keep_from(net, n)
+        torch.testing.assert_close(forward(net, model), dropped(base, values, model, n), atol=1e-10, rtol=1e-10)
+    net.train()
+    assert {method.draw(net, step) for step in range(20)} == {0, 1}
+    step = next(step for step in range(20) if method.draw(net, step) == 1)
+    assert method.draw(net, step) == 1
+    for name in values:
+        values[name].requires_grad_(re.findall(r"\d+", name)[0] != "0")
+    expected = dropped(base, values, model, 1)
+    trained = {name: value for name, value in values.items() if value.requires_grad}
+    compare(net, forward(net, model), trained, expected, 1e-10)
+    left_out = [p for name, p in net.named_parameters() if name in values and name not in trained]
+    assert left_out
+    assert all(p.grad is None for p in left_out)
+
+
+def test_adapterdrop_under_checkpointing_recomputes_what_it_computed() -> None:
+    method = AdapterDrop(n=1, bottleneck=4, heads=None)
+    net = method.apply(zoo.build("llama"))
+    perturb(net)
+    for step in range(4):
+        method.draw(net, step)
+        check_exact(net, partial(loss, model="llama"))
+
+
+def test_adapterdrop_draws_once_a_batch_and_the_same_after_a_resume(tmp_path: Path) -> None:
+    def run(epochs: int, ckpt: Path | None = None) -> tuple[list[int], boring.Boring]:
+        method, module = AdapterDrop(n=1, bottleneck=4, seed=3), boring.Boring()
+        draw, drawn = method.draw, []
+        vars(method)["draw"] = lambda *args: drawn.append(draw(*args))
+        trainer = boring.trainer(tmp_path, [method], max_epochs=epochs)
+        trainer.fit(module, boring.data(), boring.data(6, shuffle=False), ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return drawn, module
+
+    drawn, module = run(2)
+    assert len(drawn) == len(module.losses) == 16
+    assert set(drawn) == {0, 1}
+    assert drawn[:8] != drawn[8:]
+    assert run(1)[0] == drawn[:8]
+    assert run(2, tmp_path / "1.ckpt")[0] == drawn[8:]
+
+
+def test_adapterdrop_with_a_fixed_number_and_after_projections() -> None:
+    net = AdapterDrop(n=1, train="fixed", targets="o,down", bottleneck=4, heads=None).apply(zoo.build("gpt2"))
+    assert places(net) == {"transformer.h.1.attn.c_proj", "transformer.h.1.mlp.c_proj"}
+    assert count("bert-base", AdapterDrop(n=5, train="fixed", heads=None)) == 894_528 // 12 * 7
+    assert count("bert-base", AdapterDrop(n=5, heads=None)) == 894_528
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "error", "message"),
+    [
+        ({"n": 2}, None, TargetError, "leaves nothing of 2 blocks"),
+        ({"n": -1}, None, FieldError, "0 or more"),
+        ({"n": 0}, 3, FieldError, r"keep_from\(n=3\): expected 0 to 2"),
+        ({"n": 1, "train": "fixed"}, 0, FieldError, r"keep_from\(n=0\): expected 1 to 2"),
+    ],
+)
+def test_depths_that_cannot_be(options: dict[str, Any], n: int | None, error: Any, message: str) -> None:
+    def use() -> None:
+        method = AdapterDrop(**options)
+        method.keep_from(method.apply(zoo.build("llama")), n)  # type: ignore[arg-type]
+
+    with pytest.raises(error, match=message):
+        use()
+
+
+@pytest.mark.parametrize("cls", [Pfeiffer, Bapna, InputAdapter, OutputAdapter, AdapterDrop])
+def test_widths_that_make_no_sense(cls: Any) -> None:
+    with pytest.raises(FieldError, match="bottleneck=0.*above 0"):
+        cls(bottleneck=0)
+    if cls is Pfeiffer:
+        with pytest.raises(FieldError, match="reduction=0.*above 0"):
+            Invertible(reduction=0)

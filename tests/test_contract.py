@@ -47,6 +47,7 @@ RANDOM = {
     "relora",
     "adalora",
     "houlsby",
+    "adapterdrop",
     "invertible",
     "output_adapter",
     "input_adapter",

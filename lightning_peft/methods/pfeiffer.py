@@ -44,17 +44,17 @@ class Pfeiffer(PEFT, name="pfeiffer", family="additive", paper="2005.00247"):
         positive(self, "bottleneck")
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
-        for site, kind in stream_places(sites, type(self).__name__):
-            yield site, kind(site.out_features, self.bottleneck, self.activation, self.init)
+        for site in sites:
+            place, kind = stream_place(sites, site, "Pfeiffer")
+            yield place, kind(place.out_features, self.bottleneck, self.activation, self.init)
 
 
-def stream_places(sites: Sites, method: str) -> Iterator[tuple[Site, type[Bottleneck]]]:
+def stream_place(sites: Sites, site: Site, method: str) -> tuple[Site, type[Bottleneck]]:
     """Where the residual stream after the feed-forward layer is seen, and the kind of bottleneck that acts there."""
-    for site in sites:
-        if site.role not in ("block", "norm"):
-            raise TargetError(
-                f"{method} acts at the end of blocks, and {site.name!r} ({type(site.module).__name__}) is none. "
-                "Use targets='block', or name the norms that close the blocks."
-            )
-        norm = site if site.role == "norm" else closing_norm(sites, site)
-        yield (site, StreamBottleneck) if norm is None else (norm, NormBottleneck)
+    if site.role not in ("block", "norm"):
+        raise TargetError(
+            f"{method} acts at the end of blocks, and {site.name!r} ({type(site.module).__name__}) is none. "
+            "Use targets='block', or name the norms that close the blocks."
+        )
+    norm = site if site.role == "norm" else closing_norm(sites, site)
+    return (site, StreamBottleneck) if norm is None else (norm, NormBottleneck)
