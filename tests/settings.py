@@ -25,6 +25,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bitfit": {},
     "full": {},
     "houlsby": {"bottleneck": 6},
+    "adapter_fusion": {
+        "members": [
+            {"method": "pfeiffer", "config": {"bottleneck": 4, "init": "bert"}},
+            {"method": "pfeiffer", "config": {"bottleneck": 3, "init": "bert"}},
+        ]
+    },
     "adapterdrop": {"bottleneck": 6, "n": 1, "train": "fixed"},
     "invertible": {},
     "output_adapter": {"bottleneck": 6},
@@ -130,6 +136,12 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "vb_lora": {"targets": "mlp,lora"},
     "randlora": {"targets": "mlp,lora"},
     "houlsby": {"targets": "mlp,lora"},
+    "adapter_fusion": {
+        "members": [
+            {"method": "houlsby", "config": {"bottleneck": 4, "init": "bert", "targets": "mlp,lora"}},
+            {"method": "houlsby", "config": {"bottleneck": 3, "init": "bert", "targets": "mlp,lora"}},
+        ]
+    },
     "output_adapter": {"targets": "mlp", "activation": "identity"},
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
     "qalora": {"targets": "mlp,lora"},
@@ -180,6 +192,7 @@ QUICK = {
     "bitfit": ("gpt2", "t5", "encoder"),
     "full": ("bert", "mlp"),
     "houlsby": ("bert", "encoder"),
+    "adapter_fusion": ("bert", "t5"),
     "adapterdrop": ("gpt2", "encoder"),
     "invertible": ("gpt2", "t5"),
     "output_adapter": ("bert", "gpt2", "mlp"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 import zoo
-from harness import forward, loss, output, perturb
+from harness import differences, forward, loss, output, perturb, snapshot, train
+from hydra.utils import instantiate as build
+from omegaconf import OmegaConf
 from test_counts import fresh
 from test_gradient_checkpointing import check_exact
 from test_oracles import bottleneck, compare, inputs, pair
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from lightning_peft import (
     AdapterDrop,
+    AdapterFusion,
     AdaptFormer,
     Bapna,
     Houlsby,
@@ -38,9 +42,11 @@ from lightning_peft.callback import PEFT
 from lightning_peft.core import state
 from lightning_peft.core.adapter import NotMergeableError
 from lightning_peft.core.fields import FieldError
+from lightning_peft.core.files import AdapterFileError, load_adapter, save_adapter
 from lightning_peft.core.merge import MergeError
 from lightning_peft.core.sites import TargetError, roles, sites
 from lightning_peft.core.stream import closing_norm, edit_input, edit_output, final_norm
+from lightning_peft.schema import schema
 
 Values = dict[str, Tensor]
 Edit = Callable[[nn.Module, Any, Any], Any]  # module, arguments, what it gave -> what it gives
@@ -689,3 +695,145 @@ def test_widths_that_make_no_sense(cls: Any) -> None:
     if cls is Pfeiffer:
         with pytest.raises(FieldError, match="reduction=0.*above 0"):
             Invertible(reduction=0)
+
+
+# ------------------------------------------------------------------ AdapterFusion
+def sources(directory: Path, model: str, method: Callable[..., PEFT]) -> tuple[list[str], list[dict[str, Tensor]]]:
+    """Two adapters, trained apart and saved; their tensors."""
+    paths, tensors = [], []
+    for seed, width in ((1, 4), (2, 3)):
+        net = zoo.build(model).double()
+        method(bottleneck=width, dtype="float64", label="task").apply(net)
+        perturb(net, scale=0.3, seed=seed)
+        paths.append(str(save_adapter(net, directory / str(seed))))
+        tensors.append(dict(state.trainable(net)))
+    return paths, tensors
+
+
+def fused(values: Values, own: list[dict[str, Tensor]], place: str, u: Tensor) -> Tensor:
+    """sum_n softmax_n((Q u + b) . K z_n) V z_n, z_n = D_n(u), as the paper writes it."""
+    here = f"{place}.adapters.adapter_fusion"
+    z = [bottleneck(one, f"{place}.adapters.task", u, F.relu) for one in own]
+    scores = [
+        ((u @ values[f"{here}.query"].T + values[f"{here}.query_bias"]) * (one @ values[f"{here}.key"].T)).sum(-1)
+        for one in z
+    ]
+    weights = torch.stack(scores).softmax(0)
+    return sum((w[..., None] * (one @ values[f"{here}.value"].T) for w, one in zip(weights, z, strict=True)), 0 * u)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("bert", Pfeiffer), ("llama", Pfeiffer), ("gpt2", Houlsby)])
+def test_adapter_fusion(model: str, kind: Any, tmp_path: Path) -> None:
+    paths, own = sources(tmp_path, model, partial(kind, activation="relu"))
+    method = AdapterFusion(sources=paths, dtype="float64", heads=None)
+    net, base, values = pair(model, method)
+    found = prefixes(values, "adapter_fusion")
+    assert len(found) == (4 if kind is Houlsby else 2)
+    assert len(values) == 4 * len(found)
+
+    def edit(place: str) -> Edit:
+        def post(norm: nn.Module, args: Any, u: Tensor) -> Tensor:
+            s = args[0] + fused(values, own, place, u)
+            return F.layer_norm(s, s.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+        return post if model == "bert" else lambda _, __, out: first(lambda u: u + fused(values, own, place, u), out)
+
+    compare(net, forward(net, model), values, hooked(base, model, {place: edit(place) for place in found}), 1e-10)
+
+
+def test_a_fusion_is_whole_in_its_file_and_trains_nothing_of_its_sources(tmp_path: Path) -> None:
+    paths, own = sources(tmp_path, "bert", Pfeiffer)
+    net = zoo.build("bert").double()
+    output(net, "bert")
+    before = snapshot(net)
+    method = AdapterFusion(sources=paths, heads=None, dtype="float64")
+    method.apply(net)
+    train(net, "bert", steps=2)
+    expert = state.get_applied(net).placements[0].adapter.experts[1]
+    name = "bert.encoder.layer.0.output.LayerNorm.adapters.task.up"
+    assert torch.equal(expert.up, own[1][name])
+    assert not any("experts" in name for name in state.trainable(net))
+    save_adapter(net, tmp_path / "fusion")
+    for path in paths:
+        shutil.rmtree(path)
+    fresh = zoo.build("bert").double()
+    loaded = load_adapter(fresh, tmp_path / "fusion")
+    assert loaded.config()["sources"] == []
+    assert torch.equal(output(fresh, "bert"), output(net, "bert"))
+    method.remove(net)
+    assert differences(before, snapshot(net)) == []
+
+
+def test_a_fusion_of_one_starts_as_that_one_and_is_pulled_towards_the_identity(tmp_path: Path) -> None:
+    net = Pfeiffer(bottleneck=4).apply(zoo.build("bert"))
+    perturb(net, scale=0.2)
+    save_adapter(net, tmp_path / "one")
+    fusion = AdapterFusion(sources=[str(tmp_path / "one")], heads=None).apply(zoo.build("bert"))
+    fusion.classifier.load_state_dict(net.classifier.state_dict())  # a source's head is not taken over
+    torch.testing.assert_close(output(fusion, "bert"), output(net, "bert"), atol=1e-4, rtol=1e-4)
+    adapter = state.get_applied(fusion).placements[0].adapter
+    value = adapter.value.detach()
+    assert torch.equal(value, torch.full_like(value, 1e-6).fill_diagonal_(1.0))
+    with torch.no_grad():
+        adapter.value[0, 1] += 3.0
+    torch.testing.assert_close(adapter.penalty(), torch.tensor(0.09), atol=1e-6, rtol=1e-6)
+    adapter.regularisation = 0.0
+    assert adapter.penalty() is None
+
+
+def test_a_fusion_in_a_trainer(tmp_path: Path) -> None:
+    paths, own = sources(tmp_path, "bert", Pfeiffer)
+    module = boring.Boring()
+    boring.trainer(tmp_path, [AdapterFusion(sources=paths, regularisation=1.0)]).fit(
+        module, boring.data(), boring.data(6, shuffle=False)
+    )
+    adapter = state.get_applied(module).placements[0].adapter
+    name = "bert.encoder.layer.0.output.LayerNorm.adapters.task.down"
+    assert torch.equal(adapter.experts[0].down, own[0][name].float())
+    assert not torch.equal(adapter.value, torch.full_like(adapter.value, 1e-6).fill_diagonal_(1.0))
+
+
+TWO = [{"method": "pfeiffer", "config": {"bottleneck": 4}}, {"method": "pfeiffer", "config": {"layers": "last:1"}}]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([], "nothing to fuse"),
+        ([{"method": "lora", "config": {}}], "cannot fuse 'lora'"),
+        ([{"method": "parallel", "config": {}}], "cannot fuse 'parallel'"),
+        (TWO, "at the same places of the same kind; '.*layer.0.output.LayerNorm' is one"),
+        (TWO[::-1], "at the same places of the same kind; '.*layer.0.output.LayerNorm' is one"),
+    ],
+)
+def test_what_cannot_be_fused(members: list[dict[str, Any]], message: str) -> None:
+    net = zoo.build("bert")
+    before = snapshot(net)
+    with pytest.raises(TargetError, match=message):
+        AdapterFusion(members=members).apply(net)
+    assert differences(before, snapshot(net)) == []
+
+
+def test_sources_that_do_not_fit(tmp_path: Path) -> None:
+    paths, _ = sources(tmp_path, "bert", Pfeiffer)
+    net = zoo.build("bert")
+    nn.init.normal_(net.bert.encoder.layer[0].output.dense.weight)
+    before = snapshot(net)
+    with pytest.raises(AdapterFileError, match="trained on another base"):
+        AdapterFusion(sources=paths).apply(net)
+    assert differences(before, snapshot(net)) == []
+    with pytest.raises(TargetError, match="give it memory and weights first"):
+        AdapterFusion(sources=paths).apply(zoo.build("bert").to("meta"))
+    with pytest.raises(FieldError, match="takes `sources` or `members`"):
+        AdapterFusion(sources=paths, members=TWO)
+    with pytest.raises(FieldError, match=r"expected 'method' \(a registered name\) and 'config'"):
+        AdapterFusion(members=[{"method": "nope", "config": {}}])
+    with pytest.raises(FieldError, match="0 or more"):
+        AdapterFusion(regularisation=-1.0)
+
+
+def test_fusion_from_a_configuration() -> None:
+    """A list of mappings goes through Hydra's schema and back."""
+    method = build(OmegaConf.merge(schema(AdapterFusion), {"members": TWO}))
+    assert method.config() == AdapterFusion(members=TWO).config()
+    assert count("bert-base", AdapterFusion(members=TWO[:1], heads=None)) == 12 * (3 * 768**2 + 768)

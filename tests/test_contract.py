@@ -47,6 +47,7 @@ RANDOM = {
     "relora",
     "adalora",
     "houlsby",
+    "adapter_fusion",
     "adapterdrop",
     "invertible",
     "output_adapter",

@@ -51,6 +51,8 @@ def is_plain(value: Any) -> bool:
 
 
 def matches(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
     origin, args = get_origin(hint), get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(matches(value, arg) for arg in args)

@@ -1,6 +1,7 @@
 """One file a method. Importing this package fills the registry; the list below is the only other thing to touch."""
 
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.adapter_fusion import AdapterFusion
 from lightning_peft.methods.adapterdrop import AdapterDrop
 from lightning_peft.methods.adaptformer import AdaptFormer
 from lightning_peft.methods.bapna import Bapna
@@ -63,6 +64,7 @@ from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.waveft import WaveFT
 
 __all__ = [
+    "AdapterFusion",
     "AdapterDrop",
     "Invertible",
     "OutputAdapter",
