@@ -38,6 +38,11 @@ class Positions(Adapter):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
         self.generating = cached_length(call.get("past_key_values")) > 0
+        if packed(call):
+            raise ValueError(
+                "position_ids start again inside a row and there is no mask: several texts are packed into one, and "
+                "the first and last tokens of each are unknown. Give every text a row of its own."
+            )
         self.prompt, self.running = prompt_mask(call, self.answers), True
         self.recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         try:
@@ -72,6 +77,14 @@ class Positions(Adapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "remembered": {}, "prompt": None}
+
+
+def packed(call: dict[str, Any]) -> bool:
+    """Whether the rows of a transformers model hold several texts each, told by their positions alone."""
+    positions = call.get("position_ids")
+    if not isinstance(positions, Tensor) or call.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return False
+    return not positions.is_meta and bool((positions.diff(dim=-1) <= 0).any())
 
 
 def prompt_mask(call: dict[str, Any], answers: bool) -> Tensor | None:
