@@ -48,6 +48,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lqlora": {"rank": 3, "targets": "q,v", "iterations": 3},
     "lora": {"rank": 3, "targets": "q,k,v,down"},
     "loreft": {"rank": 3, "first": 2, "last": 2},
+    "noreft": {"rank": 3, "first": 2, "last": 2, "targets": "block,o"},
+    "direft": {"rank": 3, "first": 2, "last": 2, "targets": "down"},
+    "llama_adapter": {"length": 3},
+    "llama_adapter_v2": {"length": 3, "prompts": "last:1"},
+    "p_tuning_v2": {"length": 3, "projection": True, "bottleneck": 5},
     "mam": {"length": 3, "bottleneck": 6},
     "olora": {"rank": 3, "targets": "q,down"},
     "parallel": {"bottleneck": 6},
@@ -151,7 +156,8 @@ MLP_HEADS = {"heads": "out"}
 RAISES: dict[tuple[str, str], type[Exception]] = {
     **{("linear_probe", model): NothingToTrainError for model in ("gpt2", "llama", "t5")},
     ("ln_tuning", "mlp"): TargetError,  # it has no norm
-    ("loreft", "mlp"): TargetError,  # no blocks of a known width
+    **{(name, "mlp"): TargetError for name in ("loreft", "noreft", "direft")},  # no blocks of a known width
+    **{(name, "mlp"): TargetError for name in ("llama_adapter", "llama_adapter_v2", "p_tuning_v2")},  # no attention
     ("mam", "mlp"): TargetError,  # no attention
     ("longlora", "mlp"): TargetError,
     ("prefix_tuning", "mlp"): TargetError,
@@ -175,7 +181,7 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 }
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
-COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa"}
+COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning_v2", "pissa"}
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only
@@ -210,6 +216,11 @@ QUICK = {
     "lqlora": ("gpt2", "llama"),
     "lora": ("gpt2", "llama", "encoder"),
     "loreft": ("bert", "t5"),
+    "noreft": ("gpt2", "encoder"),
+    "direft": ("t5", "llama"),
+    "llama_adapter": ("gpt2", "llama"),
+    "llama_adapter_v2": ("t5", "encoder"),
+    "p_tuning_v2": ("bert", "llama"),
     "mam": ("t5", "vit"),
     "olora": ("gpt2", "t5"),
     "parallel": ("llama", "bert"),

@@ -65,6 +65,11 @@ RANDOM = {
     "lora_ga",
     "lqlora",
     "loreft",
+    "noreft",
+    "direft",
+    "llama_adapter",
+    "llama_adapter_v2",
+    "p_tuning_v2",
     "mam",
     "parallel",
     "prefix_tuning",
@@ -82,7 +87,14 @@ RANDOM = {
     "nola",
     "qalora",
 }  # have random initial tensors
-IN_PLACE = {"bitfit", "full", "linear_probe", "ln_tuning", "longlora"}  # train parameters of the base
+IN_PLACE = {
+    "bitfit",
+    "full",
+    "linear_probe",
+    "llama_adapter_v2",
+    "ln_tuning",
+    "longlora",
+}  # train parameters of the base
 
 
 def pairs(keep: Callable[[str, str], bool] = lambda method, model: True) -> pytest.MarkDecorator:

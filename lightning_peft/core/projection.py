@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Host, LabelError, NotMergeableError, Takeover, take_over, through, unlink
@@ -186,6 +187,15 @@ def base_bias(place: nn.Module) -> Tensor | None:
         owner: Any = vars(place)["owner"]
         return owner.out_proj.bias if place.name == "o" else in_projection(owner, place.name)[1]
     return getattr(place, "bias", None)
+
+
+def project(site: Site, x: Tensor) -> Tensor:  # (..., d_in) -> (..., d_out)
+    """What the projection at a site makes of x, through the adapters that run there."""
+    if isinstance(site.module, nn.MultiheadAttention) and site.part in ("q", "k", "v"):
+        weight, bias = in_projection(site.module, site.part)
+        return through(site.module._modules.get(site.part), functools.partial(F.linear, weight=weight, bias=bias), x)
+    y = site.module(x)
+    return site.columns.take(y) if site.columns else y
 
 
 def _slice_views(place: Slice) -> tuple[Tensor, Tensor | None]:

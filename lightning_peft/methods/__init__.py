@@ -10,6 +10,7 @@ from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.corda import CorDA
 from lightning_peft.methods.delora import DeLoRA
+from lightning_peft.methods.direft import DiReFT
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dvora import DVoRA
 from lightning_peft.methods.ends import InputAdapter, OutputAdapter
@@ -26,6 +27,8 @@ from lightning_peft.methods.invertible import Invertible
 from lightning_peft.methods.krona import KronA
 from lightning_peft.methods.krona_b import KronAB, KronABRes
 from lightning_peft.methods.linear_probe import LinearProbe
+from lightning_peft.methods.llama_adapter import LlamaAdapter
+from lightning_peft.methods.llama_adapter_v2 import LlamaAdapterV2
 from lightning_peft.methods.ln_tuning import LNTuning
 from lightning_peft.methods.loftq import LoftQ
 from lightning_peft.methods.loha import LoHa
@@ -42,8 +45,10 @@ from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.mora import MoRA
 from lightning_peft.methods.multilora import MultiLoRA
 from lightning_peft.methods.nola import NOLA
+from lightning_peft.methods.noreft import NoReFT
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.olora import OLoRA
+from lightning_peft.methods.p_tuning_v2 import PTuningV2
 from lightning_peft.methods.parallel import ParallelAdapter
 from lightning_peft.methods.pfeiffer import Pfeiffer
 from lightning_peft.methods.pissa import PiSSA
@@ -80,6 +85,7 @@ __all__ = [
     "DID",
     "DVoRA",
     "DeLoRA",
+    "DiReFT",
     "DoRA",
     "EVA",
     "FourierFT",
@@ -96,6 +102,8 @@ __all__ = [
     "LNTuning",
     "LQLoRA",
     "LinearProbe",
+    "LlamaAdapter",
+    "LlamaAdapterV2",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -110,8 +118,10 @@ __all__ = [
     "MoRA",
     "MultiLoRA",
     "NOLA",
+    "NoReFT",
     "OFT",
     "OLoRA",
+    "PTuningV2",
     "ParallelAdapter",
     "PiSSA",
     "PrefixTuning",
