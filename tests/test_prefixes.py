@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import boring
 import pytest
 import torch
 import transformers as hf
 import zoo
-from harness import forward, output, perturb
-from settings import make
+from harness import forward, loss, output, perturb, train
+from lightning.pytorch.callbacks import ModelCheckpoint
+from settings import adapted, make
 from test_counts import fresh
-from test_generation import ready, text
+from test_generation import fresh as generator
+from test_generation import generate, ready, text
 from test_oracles import HEAD_DIM, compare, inputs, pair, rotate
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_peft import LlamaAdapter, LlamaAdapterV2, LoRA
+from lightning_peft import LlamaAdapter, LlamaAdapterV2, LoRA, PrefixTuning, PTuningV2, load_adapter, save_adapter
 from lightning_peft.core import state
 from lightning_peft.core.adapter import adapters_of
+from lightning_peft.core.fields import FieldError
+from lightning_peft.core.files import read_tensors
 from lightning_peft.core.sites import TargetError
 
 # ------------------------------------------------------------------ LLaMA-Adapter
@@ -244,3 +250,271 @@ def test_llama_adapter_v2_prompts_at_both_ends() -> None:
     assert prompted == {f"{s}.block.{i}.layer.0.SelfAttention" for s, i in
                         (("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 2))}  # fmt: skip
     assert not any(p.requires_grad for n, p in net.named_parameters() if "layer_norm" in n)
+
+
+# ------------------------------------------------------------------ prefix tuning
+TEXT_IDS = [5, 17, 9, 40]
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_a_prefix_from_a_real_text_with_shifted_positions_is_that_text(model: str) -> None:
+    """What a causal model says behind the text: keys and values of every layer, and the positions after it."""
+    base, net, ids = zoo.build(model), zoo.build(model), text(6, batch=2)
+    PrefixTuning(length=4, init="text", text=TEXT_IDS, shift_positions=True).apply(net)
+    whole = torch.cat([torch.tensor([TEXT_IDS]).expand(2, -1), ids], 1)
+    expected = base(whole).logits[:, 4:]
+    torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    fed = base.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=4, do_sample=False)
+    got = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert torch.equal(got[:, 6:], fed[:, 10:])
+
+
+def test_a_real_text_in_an_encoder_decoder_and_in_a_training_module() -> None:
+    """Three kinds: of the encoder, of the decoder, and of its look at the encoder, whose keys are of the text, too."""
+    net = zoo.build("t5").train()
+    before = [m.training for m in net.modules()]
+    PrefixTuning(length=4, init="text", text=TEXT_IDS).apply(net)
+    assert [m.training for m in zoo.build("t5").train().modules()] == before
+    assert all(m.training for m in net.modules())
+    base, ids = zoo.build("t5"), torch.tensor([TEXT_IDS])
+    cache = base(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+    kept = {"decoder": cache.self_attention_cache, "cross": cache.cross_attention_cache}
+    kinds = []
+    for x in state.get_applied(net).placements:
+        kind = "cross" if x.role == "cross.attend" else x.site.partition(".")[0]
+        kinds.append(kind)
+        if kind in kept:
+            layer = kept[kind].layers[kinds.count(kind) - 1]
+            torch.testing.assert_close(x.adapter.kv.transpose(1, 2), torch.cat([layer.keys, layer.values]))
+    assert [kinds.count(kind) for kind in ("encoder", "decoder", "cross")] == [2, 3, 3]
+    trunk = zoo.build("t5")
+    PrefixTuning(length=4, bottleneck=5).apply(trunk)
+    assert len([n for n, _ in trunk.named_parameters() if n.endswith("trunk.embedding")]) == 3
+
+
+def test_a_file_of_a_prefix_from_text_does_not_run_the_text_again(tmp_path: Path) -> None:
+    net = zoo.build("llama")
+    PrefixTuning(length=4, init="text", text=TEXT_IDS).apply(net)
+    train(net, "llama", steps=1)
+    save_adapter(net, tmp_path / "a")
+    other = zoo.build("llama")
+    assert load_adapter(other, tmp_path / "a").init == "normal"
+    assert torch.equal(output(other, "llama"), output(net, "llama"))
+
+
+@pytest.mark.parametrize("fields", [{"init": "text"}, {"text": TEXT_IDS}, {"init": "text", "text": TEXT_IDS},
+                                    {"init": "text", "text": TEXT_IDS, "length": 4, "bottleneck": 3}])  # fmt: skip
+def test_a_text_as_long_as_the_prefix_and_no_mlp(fields: dict[str, Any]) -> None:
+    with pytest.raises(FieldError, match="as many ids as the prefix is long, and no MLP"):
+        PrefixTuning(**fields)
+
+
+def test_where_no_text_goes_in() -> None:
+    method = PrefixTuning(length=4, init="text", text=TEXT_IDS)
+    with pytest.raises(TargetError, match="nothing around .* takes `input_ids`"):
+        method.apply(zoo.build("vit"))
+    with pytest.raises(TargetError, match="a text in Idle does not pass Attend"):
+        method.apply(Idle())
+
+
+class Idle(nn.Module):
+    """Takes ids, and leaves one of its two models out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = zoo.build("llama"), zoo.build("gpt2")
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.used(input_ids).logits
+
+
+@pytest.mark.parametrize("model", ["t5", "vit", "encoder"])
+def test_positions_that_cannot_be_shifted(model: str) -> None:
+    with pytest.raises(TargetError, match="shift_positions=True counts the text"):
+        PrefixTuning(length=2, shift_positions=True).apply(zoo.build(model))
+
+
+def peft_prefix(model: str, **more: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    kind = {"bert": "SEQ_CLS"}.get(model, "CAUSAL_LM")
+    net = zoo.build(model)
+    theirs = peft.get_peft_model(net, peft.PrefixTuningConfig(task_type=kind, num_virtual_tokens=3, **more))
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("padding", ["right", "none"])
+def test_prefix_tuning_agrees_with_peft(model: str, padding: str) -> None:
+    """The flat tensor of peft is (length, (layer, key or value, head, head_dim)); it counts the text behind it."""
+    theirs, net = peft_prefix(model), zoo.build(model)
+    PrefixTuning(length=3, shift_positions=True, heads=None).apply(net)
+    perturb(net, scale=0.3)
+    mine = [x.adapter.kv for x in state.get_applied(net).placements if x.role == "attend"]
+    flat = theirs.prompt_encoder.default.embedding.weight
+    with torch.no_grad():
+        flat.copy_(torch.stack(mine).permute(2, 0, 1, 3, 4).flatten(1))  # (layer, 2, length, heads, head_dim)
+    call = inputs(model)
+    if padding == "none":
+        call["attention_mask"] = torch.ones_like(call["attention_mask"])
+    a, b = net(**call).logits, theirs(**call).logits
+    real = call["attention_mask"].bool()
+    if a.dim() == 3:
+        a, b = a[real], b[real]
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    a.pow(2).mean().backward()
+    b.pow(2).mean().backward()
+    gradient = torch.stack([p.grad for p in mine]).permute(2, 0, 1, 3, 4).flatten(1)
+    torch.testing.assert_close(gradient, flat.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_the_same_without_a_shift_where_peft_is_told_the_positions() -> None:
+    """peft adds the length to position_ids; given ones that are lower by it, it does not shift."""
+    theirs, net = peft_prefix("llama"), zoo.build("llama")
+    PrefixTuning(length=3, heads=None).apply(net)
+    mine = [x.adapter.kv for x in state.get_applied(net).placements]
+    with torch.no_grad():
+        theirs.prompt_encoder.default.embedding.weight.copy_(torch.stack(mine).permute(2, 0, 1, 3, 4).flatten(1))
+    ids = text(6)
+    positions = torch.arange(6)[None]
+    expected = theirs(ids, attention_mask=torch.ones_like(ids), position_ids=positions - 3).logits
+    torch.testing.assert_close(net(ids).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_the_mlp_resumes_in_mid_training(tmp_path: Path) -> None:
+    """A checkpoint holds E and the MLP; a file of the adapter holds the prefixes that they stand for."""
+    method = {"length": 3, "bottleneck": 5, "dropout": 0.2}
+    straight, resumed, data = boring.Boring(), boring.Boring(), (boring.data(18), boring.data(6, shuffle=False))
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    torch.manual_seed(1)
+    boring.trainer(tmp_path, [PrefixTuning(**method), save]).fit(straight, *data)
+    torch.manual_seed(99)  # another process has other random numbers
+    later = boring.trainer(tmp_path, [PrefixTuning(**method)])
+    later.fit(resumed, *data, ckpt_path=str(tmp_path / "step=3.ckpt"))
+    assert boring.largest_difference(boring.tensors(straight), boring.tensors(resumed)) == 0
+    assert straight.losses[3:] == resumed.losses
+    assert any("trunk" in name for name in boring.tensors(resumed))
+
+
+# ------------------------------------------------------------------ P-Tuning v2
+def test_p_tuning_v2_is_prefix_tuning_with_its_head(tmp_path: Path) -> None:
+    net, other = zoo.build("bert"), zoo.build("bert")
+    PTuningV2(length=3, projection=True, bottleneck=5, label="a").apply(net)
+    PrefixTuning(length=3, bottleneck=5, label="a", seed=0).apply(other)
+    assert set(state.trainable(net)) == set(state.trainable(other)) >= {"classifier.weight", "classifier.bias"}
+    with torch.no_grad():
+        for mine, theirs in zip(state.trainable(net).values(), state.trainable(other).values(), strict=True):
+            theirs.copy_(mine)
+    assert torch.equal(output(net, "bert"), output(other, "bert"))
+    save_adapter(net, tmp_path / "a")
+    kept = read_tensors(tmp_path / "a")
+    assert [name.rpartition("/")[2] for name in kept if ".attend" in name] == ["kv", "kv"]
+    loaded = load_adapter(zoo.build("bert"), tmp_path / "a")
+    assert isinstance(loaded, PTuningV2)
+    assert not loaded.projection
+
+
+def test_p_tuning_v2_counts() -> None:
+    """RoBERTa-large, l = 128: 2 L l d; through the MLP E, W, b and for all layers U, c."""
+    flat = PTuningV2(length=128, heads=None).apply(fresh("roberta-large"))
+    assert state.describe(flat)["trainable"] == 6_291_456
+    net = PTuningV2(length=128, projection=True, heads=None).apply(fresh("roberta-large"))
+    assert state.describe(net)["trainable"] == 128 * 1024 + 1024 * 512 + 512 + 24 * 2 * 1024 * 513
+
+
+# ------------------------------------------------------------------ odd texts, for all of them
+METHODS = ("prefix_tuning", "p_tuning_v2", "llama_adapter", "llama_adapter_v2", "prompt_tuning")
+INSIDE = METHODS[:-1]
+
+
+CASES = [
+    *((name, model) for name in ("llama_adapter", "shifted") for model in ("llama", "gpt2")),
+    ("llama_adapter", "t5"),
+]
+
+
+@pytest.mark.parametrize(("name", "model"), CASES)
+def test_generation(name: str, model: str) -> None:
+    """With a cache as without, in a padded batch as alone, with beams."""
+    net = ready("prefix_tuning", model, shift_positions=True) if name == "shifted" else ready(name, model)
+    rows = [text(6, seed=1), text(3, seed=2)]
+    ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(0, row.shape[1]) if model == "t5" else slice(6 - row.shape[1], 6)
+        ids[i, where], mask[i, where] = row[0], 1
+    tokens, logits = generate(net, ids, attention_mask=mask)
+    uncached, uncached_logits = generate(net, ids, attention_mask=mask, use_cache=False)
+    torch.testing.assert_close(logits, uncached_logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(tokens, uncached)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i : i + 1], generate(net, row)[1], atol=1e-4, rtol=1e-4)
+    common: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(net.generate(ids, **common), net.generate(ids, use_cache=False, **common))
+    assert not torch.allclose(generate(generator(model), rows[0])[1], logits[:1], atol=1e-3), "the adapters say nothing"
+
+
+@pytest.mark.parametrize("name", ["llama_adapter", "llama_adapter_v2", "p_tuning_v2", "shifted"])
+def test_a_static_cache(name: str) -> None:
+    net = ready("prefix_tuning", "llama", shift_positions=True) if name == "shifted" else ready(name, "llama")
+    _, logits = generate(net, text())
+    static = generate(net, text(), cache_implementation="static", disable_compile=True)[1]
+    torch.testing.assert_close(static, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", METHODS)
+def test_padding_on_either_side_changes_nothing(name: str, model: str) -> None:
+    """A row with padding gives its tokens what it gives them alone, the positions being told where it is on the left."""
+    net, _ = adapted(name, model)
+    perturb(net, scale=0.3)
+    row = text(4, seed=3)
+    alone = net(input_ids=row)
+    pad = torch.zeros(1, 2, dtype=torch.long)
+    right = {"input_ids": torch.cat([row, pad], 1), "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}
+    compared = [net(**right).logits if model == "bert" else net(**right).logits[:, :4]]
+    if model != "bert":  # its class token would be the padding
+        left = {"input_ids": torch.cat([pad, row], 1), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}
+        compared.append(net(**left, position_ids=torch.tensor([[0, 0, 0, 1, 2, 3]])).logits[:, 2:])
+    for got in compared:
+        torch.testing.assert_close(got, alone.logits, atol=1e-5, rtol=1e-5)
+
+
+PACKED = torch.cat([torch.arange(4), torch.arange(3)])[None]
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [*INSIDE, "shifted"])
+def test_two_texts_packed_into_one_row_both_see_the_prefix(name: str, model: str) -> None:
+    net, _ = adapted("prefix_tuning", model, shift_positions=True) if name == "shifted" else adapted(name, model)
+    perturb(net, scale=0.3)
+    one, two = text(4, seed=1), text(3, seed=2)
+    packed = net(input_ids=torch.cat([one, two], 1), position_ids=PACKED, use_cache=False).logits
+    alone = torch.cat([net(input_ids=one).logits, net(input_ids=two).logits], 1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "loreft"])
+def test_what_has_one_prompt_a_row_refuses_packed_rows(name: str) -> None:
+    net, _ = adapted(name, "llama")
+    with pytest.raises(ValueError, match="several texts are packed into one"):
+        net(input_ids=text(7), position_ids=PACKED, use_cache=False)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "shifted", "text"])
+def test_checkpointing_in_bf16(name: str) -> None:
+    more = {"shifted": {"shift_positions": True}, "text": {"init": "text", "text": [3, 4, 5]}}.get(name, {})
+    net = zoo.build("llama").bfloat16()
+    make("prefix_tuning" if more else name, "llama", **more).apply(net)
+    perturb(net, scale=0.1)
+    gradients = []
+    for on in (False, True):
+        if on:
+            net.gradient_checkpointing_enable({"use_reentrant": False})
+        net.train().zero_grad()
+        loss(net, "llama").backward()
+        gradients.append([p.grad.clone() for p in state.trainable(net).values()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        assert torch.isfinite(a).all()

@@ -66,6 +66,12 @@ class VirtualTokens(Tokens):
         """Make room for the tokens in everything that has one entry per position."""
         length = len(self.tokens)
         check_length(self.owner, length + embeds.shape[1])
+        if fresh and packed(call):
+            raise ValueError(
+                "position_ids start again inside a row and there is no mask: several texts are packed into one, of "
+                "which only the first would see the virtual tokens. Give every text a row of its own, or use "
+                "prefix_tuning."
+            )
         if (mask := call.get("attention_mask")) is not None:
             if not isinstance(mask, Tensor) or mask.dim() != 2:
                 raise ValueError(
@@ -181,6 +187,14 @@ class EncoderTokens(Tokens):
 def cached_length(cache: Any) -> int:
     """Number of positions in a transformers cache; 0 for none."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def packed(call: dict[str, Any]) -> bool:
+    """Whether the rows of a transformers model hold several texts each, told by their positions alone."""
+    positions = call.get("position_ids")
+    if not isinstance(positions, Tensor) or call.get("attention_mask") is not None or torch.compiler.is_compiling():
+        return False
+    return not positions.is_meta and bool((positions.diff(dim=-1) <= 0).any())
 
 
 def check_length(owner: nn.Module, wanted: int) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.embedding import cached_length
+from lightning_peft.core.embedding import cached_length, packed
 
 Masks = tuple[Tensor, Tensor]
 MASKS = {"attention_mask", "src_key_padding_mask"}
@@ -77,14 +77,6 @@ class Positions(Adapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "remembered": {}, "prompt": None}
-
-
-def packed(call: dict[str, Any]) -> bool:
-    """Whether the rows of a transformers model hold several texts each, told by their positions alone."""
-    positions = call.get("position_ids")
-    if not isinstance(positions, Tensor) or call.get("attention_mask") is not None or torch.compiler.is_compiling():
-        return False
-    return not positions.is_meta and bool((positions.diff(dim=-1) <= 0).any())
 
 
 def prompt_mask(call: dict[str, Any], answers: bool) -> Tensor | None:

@@ -73,19 +73,21 @@ def _names(module: nn.Module) -> list[str]:
 class ShiftedPositions(Adapter):
     """p + length where positions become vectors: a learned table, or rotary angles."""
 
-    def __init__(self, module: nn.Module, length: int) -> None:
+    def __init__(self, module: nn.Module, length: int, text: RealText | None) -> None:
         super().__init__()
-        self.length = length
+        self.length, self.text = length, text
         self.index = 0 if isinstance(module, nn.Embedding) else _names(module).index("position_ids")
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.text is not None and self.text.running:  # the text of the prefix itself
+            return base(*args, **kwargs)
         if "position_ids" in kwargs:
             return base(*args, **{**kwargs, "position_ids": kwargs["position_ids"] + self.length})
         before, positions, after = args[: self.index], args[self.index], args[self.index + 1 :]
         return base(*before, positions + self.length, *after, **kwargs)
 
 
-def shifted(sites: Sites, length: int) -> Iterable[tuple[Site, Adapter]]:
+def shifted(sites: Sites, length: int, text: RealText | None) -> Iterable[tuple[Site, Adapter]]:
     """An adapter at every place where the model turns positions into vectors; an error where there is none."""
     found = [(n, m) for n, m in sites.model.named_modules() if _takes_positions(n, m)]
     stacks = {site.stack for site in sites}
@@ -101,7 +103,7 @@ def shifted(sites: Sites, length: int) -> Iterable[tuple[Site, Adapter]]:
             "Leave shift_positions off: the prefix learns its place."
         )
     for name, module in found:
-        yield Site(name, module, "positions"), ShiftedPositions(module, length)
+        yield Site(name, module, "positions"), ShiftedPositions(module, length, text)
 
 
 def _takes_positions(name: str, module: nn.Module) -> bool:

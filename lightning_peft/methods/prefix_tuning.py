@@ -145,7 +145,7 @@ class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101
         trunks: dict[str, Trunk] = {}
         text = RealText(reader(sites), self.text or []) if self.init == "text" else None
         if self.shift_positions:
-            yield from shifted(sites, self.length)
+            yield from shifted(sites, self.length, text)
         for site in sites:
             kv_heads, head_dim, width = heads(site)
             if not self.middle:
