@@ -31,9 +31,11 @@ class Edit(nn.Module):
 class Edited(Adapter):
     """h + m_first * e_first(h) + m_last * e_last(h); one edit: for both; none: h."""
 
-    def __init__(self, edits: list[Edit], dropout: float = 0.0, identity: bool = False) -> None:
+    def __init__(
+        self, edits: list[Edit], dropout: float = 0.0, identity: bool = False, *, time_first: bool = False
+    ) -> None:
         super().__init__()
-        self.dropout, self.identity = dropout, identity
+        self.dropout, self.identity, self.time_first = dropout, identity, time_first
         self.edit, self.edit_last = [*edits, None, None][:2]
 
     def edits(self) -> dict[str, Edit]:
@@ -44,10 +46,10 @@ class Edited(Adapter):
         for edit in self.edits().values():
             edit.reset(draw, self.identity)
 
-    def edited(self, h: Tensor, masks: Masks | None) -> Tensor:  # (batch, time, d) -> (batch, time, d)
+    def edited(self, h: Tensor, masks: Masks | None) -> Tensor:  # (batch, time, d) -> (batch, time, d), or time first
         if masks is None or self.edit is None:
             return h
-        first, last = (mask.unsqueeze(-1).to(h.dtype) for mask in masks)
+        first, last = ((m.T if self.time_first else m).unsqueeze(-1).to(h.dtype) for m in masks)
         if self.edit_last is None:
             return h + (first + last) * self._dropped(self.edit(h))
         return h + first * self._dropped(self.edit(h)) + last * self._dropped(self.edit_last(h))
@@ -62,8 +64,8 @@ class Edited(Adapter):
 class EditedBlock(Edited):
     """What a block returns; it also notes the positions of this call for the places inside."""
 
-    def __init__(self, positions: Positions, first: int, last: int, *edits: Any) -> None:
-        super().__init__(*edits)
+    def __init__(self, positions: Positions, first: int, last: int, *edits: Any, time_first: bool) -> None:
+        super().__init__(*edits, time_first=time_first)
         self.positions: Any
         vars(self)["positions"] = positions  # it is registered where it listens
         self.first, self.last = first, last
@@ -71,7 +73,7 @@ class EditedBlock(Edited):
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
-        masks = self.positions.mask(given, self.first, self.last)
+        masks = self.positions.mask(given.transpose(0, 1) if self.time_first else given, self.first, self.last)
         own = vars(self.place)
         checkpoint = own.get(CHECKPOINT)
         if checkpoint is not None:  # transformers checkpoints inside of this call, and runs that part again without it
@@ -95,8 +97,8 @@ class EditedBlock(Edited):
 class EditedInput(Edited):
     """What a projection inside a block reads."""
 
-    def __init__(self, block: EditedBlock, *edits: Any) -> None:
-        super().__init__(*edits)
+    def __init__(self, block: EditedBlock, *edits: Any, time_first: bool) -> None:
+        super().__init__(*edits, time_first=time_first)
         self.block: Any
         vars(self)["block"] = block  # it is registered at the block
 

@@ -51,11 +51,14 @@ class ReFT(PEFT):
                 positions, found = self._listener(sites, block, listeners)
                 yield from found
                 edits = self._edits(block, block.facts.hidden) if id(block.module) in edited else ([],)
-                blocks[id(block.module)] = EditedBlock(positions, self.first, self.last, *edits)
+                time_first = puts_time_first(block.module)
+                blocks[id(block.module)] = EditedBlock(positions, self.first, self.last, *edits, time_first=time_first)
                 yield block, blocks[id(block.module)]
             if site.role != "block":
                 width = projection_widths(site, type(self).__name__)[0]
-                yield site, EditedInput(blocks[id(block.module)], *self._edits(site, width))
+                here = blocks[id(block.module)]
+                time_first = here.time_first and site.part is None  # torch's attention, written out, is batch first
+                yield site, EditedInput(here, *self._edits(site, width), time_first=time_first)
 
     def _block(self, sites: Sites, site: Site) -> Site:
         block = sites.sibling(site, "block")
@@ -88,6 +91,11 @@ class ReFT(PEFT):
             return positions, []
         name = next(n for n in names if sites.model.get_submodule(n) is owner)
         return positions, [(Site(name, owner, "model"), positions)]
+
+
+def puts_time_first(block: nn.Module) -> bool:
+    """Whether a block of torch's own reads (time, batch, d)."""
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in block.modules())
 
 
 class LowRankEdit(Edit):
