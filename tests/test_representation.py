@@ -118,6 +118,23 @@ def test_blocks_and_projections_at_once_share_what_they_know() -> None:
     compare(net, forward(net, "llama"), values, forward(base, "llama"), tolerance=1e-10)
 
 
+@pytest.mark.parametrize(("model", "target"), [("llama", "model.layers.{}.mlp"), ("llama", "model.layers.{}.self_attn"),
+                                               ("gpt2", "transformer.h.{}.attn")])  # fmt: skip
+def test_what_a_module_inside_a_block_returns(model: str, target: str) -> None:
+    names = [target.format(i) for i in range(2)]
+    method = LoReFT(rank=3, first=1, last=2, targets=names, dtype="float64", heads=None)
+    net, base, values = pair(model, method)
+    where = ends(1, 2)
+    for name in names:
+
+        def hook(_: Any, __: Any, out: Any, name: str = name) -> Any:
+            h = edited("loreft", values, name, out[0] if isinstance(out, tuple) else out, where)
+            return (h, *out[1:]) if isinstance(out, tuple) else h
+
+        base.get_submodule(name).register_forward_hook(hook)
+    compare(net, forward(net, model), values, forward(base, model), tolerance=1e-10)
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_option_to_start_at_the_base(kind: str) -> None:
     net = zoo.build("llama")
@@ -213,7 +230,7 @@ def test_under_checkpointing_the_places_inside_know_their_positions(how: str) ->
     gradients = []
     for on in (False, True):
         net = zoo.build("llama")
-        DiReFT(rank=2, first=1, last=1, targets="block,o,down", heads=None).apply(net)
+        DiReFT(rank=2, first=1, last=1, targets="block,o,down,*.mlp", heads=None).apply(net)
         perturb(net, scale=0.3)
         net.train()
         if on and how in ("transformers", "reentrant"):

@@ -83,7 +83,7 @@ class EditedBlock(Edited):
         finally:
             if checkpoint is not None:
                 own[CHECKPOINT] = checkpoint
-        return (self.edited(out[0], masks), *out[1:]) if isinstance(out, tuple) else self.edited(out, masks)
+        return changed(out, self.edited, masks)
 
     def within(self, masks: Masks | None, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the block with the positions of this call noted."""
@@ -94,13 +94,29 @@ class EditedBlock(Edited):
             self.masks = None
 
 
-class EditedInput(Edited):
-    """What a projection inside a block reads."""
+class Inside(Edited):
+    """At a place inside a block, which tells it the positions."""
 
     def __init__(self, block: EditedBlock, *edits: Any, time_first: bool) -> None:
         super().__init__(*edits, time_first=time_first)
         self.block: Any
         vars(self)["block"] = block  # it is registered at the block
 
+
+class EditedInput(Inside):
+    """What a projection inside a block reads."""
+
     def forward(self, base: Callable[..., Tensor], h: Tensor) -> Tensor:  # (batch, time, d) -> (batch, time, d_out)
         return base(self.edited(h, self.block.masks))
+
+
+class EditedOutput(Inside):
+    """What a module inside a block returns, alone or first of several."""
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return changed(base(*args, **kwargs), self.edited, self.block.masks)
+
+
+def changed(out: Any, change: Callable[..., Tensor], masks: Masks | None) -> Any:
+    """`change` on what a module returned, a tensor or a tuple that starts with it."""
+    return (change(out[0], masks), *out[1:]) if isinstance(out, tuple) else change(out, masks)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.architectures import norm_width
 from lightning_peft.core.fields import positive
 from lightning_peft.core.init import Draw
 from lightning_peft.core.projection import project
@@ -27,7 +26,7 @@ class ZeroInitAttention(Adapter):
     """Att(q, K, V) + tanh(g) Att(q, W_k P, W_v P): P (length, d), g one number a head or one in all."""
 
     def __init__(
-        self, key: Site, value: Site, norm: nn.Module | None, kv_heads: int, length: int, gates: int, tanh: bool
+        self, key: Site, value: Site, norm: Site | None, kv_heads: int, length: int, gates: int, tanh: bool
     ) -> None:
         super().__init__()
         self.key: Any
@@ -35,6 +34,7 @@ class ZeroInitAttention(Adapter):
         self.norm: Any
         vars(self).update(key=key, value=value, norm=norm)  # not registered: they are the base's own
         self.kv_heads = kv_heads
+        self.whole = norm is not None and norm.out_features == key.out_features  # all heads at once
         self.tanh = tanh
         self.prompt = nn.Parameter(torch.empty(length, key.in_features))
         self.gate = nn.Parameter(torch.empty(gates))
@@ -52,11 +52,11 @@ class ZeroInitAttention(Adapter):
         """A softmax of its own over the prompt: no mask, no positions on its keys, nothing in the KV cache."""
         prompt = self.prompt.to(query.dtype)
         key, value = project(self.key, prompt), project(self.value, prompt)
-        if self.norm is not None and norm_width(self.norm) == key.shape[-1]:
-            key = self.norm(key)
+        if self.whole:
+            key = self.norm.module(key)
         key, value = (x.unflatten(-1, (self.kv_heads, -1)) for x in (key, value))
-        if self.norm is not None and norm_width(self.norm) != self.key.out_features:
-            key = self.norm(key)
+        if self.norm is not None and not self.whole:
+            key = self.norm.module(key)
         repeats = query.shape[1] // self.kv_heads
         key, value = (
             x.to(query.dtype).transpose(0, 1).repeat_interleave(repeats, 0).expand(len(query), -1, -1, -1)
@@ -103,5 +103,5 @@ def zero_init(sites: Sites, site: Site, length: int, gate: Gate, tanh: bool) -> 
             "roles={'k': ..., 'v': ...}."
         )
     norms = (s for s in sites.known if s.role == "norm.qk" and s.name.startswith(f"{site.name}."))
-    norm = next((s.module for s in norms if s.name.rpartition(".")[2].startswith("k")), None)
+    norm = next((s for s in norms if s.name.rpartition(".")[2].startswith("k")), None)
     return ZeroInitAttention(key, value, norm, kv_heads, length, site.facts.heads if gate == "head" else 1, tanh)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
 from lightning_peft.core.init import Draw
 from lightning_peft.core.positions import Positions, mask_owner
-from lightning_peft.core.representation import Edit, EditedBlock, EditedInput
+from lightning_peft.core.representation import Edit, EditedBlock, EditedInput, EditedOutput
 from lightning_peft.core.sites import Site, Sites, TargetError
 from lightning_peft.core.targets import projection_widths
 
@@ -55,10 +55,15 @@ class ReFT(PEFT):
                 blocks[id(block.module)] = EditedBlock(positions, self.first, self.last, *edits, time_first=time_first)
                 yield block, blocks[id(block.module)]
             if site.role != "block":
-                width = projection_widths(site, type(self).__name__)[0]
-                here = blocks[id(block.module)]
-                time_first = here.time_first and site.part is None  # torch's attention, written out, is batch first
-                yield site, EditedInput(here, *self._edits(site, width), time_first=time_first)
+                yield site, self._inside(site, blocks[id(block.module)])
+
+    def _inside(self, site: Site, block: EditedBlock) -> Adapter:
+        """Of a projection what it reads, of a whole module what it returns."""
+        if site.role is None and next(site.module.children(), None) is not None:
+            return EditedOutput(block, *self._edits(site, site.facts.hidden), time_first=block.time_first)
+        width = projection_widths(site, type(self).__name__)[0]
+        time_first = block.time_first and site.part is None  # torch's attention, written out, is batch first
+        return EditedInput(block, *self._edits(site, width), time_first=time_first)
 
     def _block(self, sites: Sites, site: Site) -> Site:
         block = sites.sibling(site, "block")
@@ -144,7 +149,8 @@ class LoReFT(ReFT, name="loreft", family="representation", paper="2404.03592", i
     h (d,) is what a block returns at the first `first` and the last `last` tokens of the prompt: real tokens by the
     padding mask, before the first counted label where there are labels a token, at most half of them each; none while
     a KV cache is extended. targets may name projections, too: there h is what the projection reads ("o": what
-    attention gives before its output projection; "down": the activation of the feed-forward layer). tied: one
+    attention gives before its output projection; "down": the activation of the feed-forward layer), or whole modules
+    inside a block ("*.mlp"): there h is what they return. tied: one
     (R, W, b) a place for both ends, else two. L (2 r d + r) parameters when tied. identity=True starts with W = R,
     b = 0, the base at step 0 (not in the paper). R stays orthonormal by a QR decomposition. `dropout` acts on the edit
     (the authors' code drops the whole h'). In an encoder-decoder the encoder is edited. Source: section 3.2,

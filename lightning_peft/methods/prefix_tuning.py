@@ -163,11 +163,11 @@ class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101
 def heads(site: Site) -> tuple[int, int, int]:
     """kv_heads, head_dim, hidden width; an error where the model does not tell."""
     facts = site.facts
+    if facts.heads is None or facts.head_dim is None:
+        raise TargetError(f"The numbers of heads at {site.name!r} are unknown; exclude it with exclude={site.name!r}.")
     if site.part != "attend":
         raise TargetError(
             f"Keys and values are added inside attention, and {site.name!r} (role {site.role}) is no such place. "
             "Choose the roles 'attend' and 'cross.attend', and narrow them with layers= and exclude=."
         )
-    if facts.heads is None or facts.head_dim is None:
-        raise TargetError(f"The numbers of heads at {site.name!r} are unknown; exclude it with exclude={site.name!r}.")
     return facts.kv_heads or facts.heads, facts.head_dim, facts.hidden or facts.heads * facts.head_dim
