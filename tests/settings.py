@@ -188,6 +188,8 @@ CHANGES_BASE = {"relora", "remora"}
 ON_CODES = {"loftq", "lqlora"}
 # which change what is quantised when the base is quantised around them
 COMPENSATING = {"corda", "loftq", "lora_ga", "lqlora", "olora", "pissa"}
+# whose files have other names than what trains: a plain LoRA, prefixes without the MLP that they came out of
+RENAMED = COMPENSATING | {"p_tuning_v2"}
 
 # what the quick run covers: each method on the models that are hardest for it
 QUICK = {
