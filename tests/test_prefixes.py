@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,16 @@ from test_oracles import HEAD_DIM, compare, inputs, pair, rotate
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_peft import LlamaAdapter, LlamaAdapterV2, LoRA, PrefixTuning, PTuningV2, load_adapter, save_adapter
+from lightning_peft import (
+    LlamaAdapter,
+    LlamaAdapterV2,
+    LoRA,
+    PrefixTuning,
+    PTuningV2,
+    load_adapter,
+    materialize,
+    save_adapter,
+)
 from lightning_peft.core import state
 from lightning_peft.core.adapter import adapters_of
 from lightning_peft.core.fields import FieldError
@@ -243,6 +255,18 @@ def test_llama_adapter_v2() -> None:
     compare(net, forward(net, "llama"), values, expected, tolerance=1e-10)
 
 
+def test_llama_adapter_v2_leaves_a_teacher_alone() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = zoo.build("llama"), zoo.build("llama").requires_grad_(False)
+
+    net = LlamaAdapterV2(length=2, layers="last:1", norms=False).apply(Pair())
+    found = state.get_applied(net).placements
+    assert {x.site.partition(".")[0] for x in found} == {"student"}
+    assert [x.site for x in found if x.role == "attend"] == ["student.model.layers.1.self_attn"]
+
+
 def test_llama_adapter_v2_prompts_at_both_ends() -> None:
     net = zoo.build("t5")
     LlamaAdapterV2(length=2, prompts="last:1", early=1, norms=False).apply(net)
@@ -326,6 +350,34 @@ class Idle(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.used(input_ids).logits
+
+
+def test_a_text_survives_copies_and_a_model_without_memory() -> None:
+    method = partial(PrefixTuning, length=4, init="text", text=TEXT_IDS, heads=None)
+    net, base = zoo.build("llama"), zoo.build("llama")
+    method().apply(net)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(output(twin, "llama"), output(net, "llama"))
+        assert all(x.adapter.text.model is twin for x in state.get_applied(twin).placements)
+    with torch.device("meta"):
+        late = zoo.build("llama")
+    method().apply(late)
+    late.to_empty(device="cpu")
+    own = dict((*late.named_parameters(), *late.named_buffers()))
+    for name, values in (*base.named_parameters(), *base.named_buffers()):
+        own[name].detach().copy_(values)
+    materialize(late)
+    assert torch.equal(output(late, "llama"), output(net, "llama"))
+
+
+def test_a_text_that_no_longer_fits_behind_its_prefix() -> None:
+    """GPT-2 learned 64 positions, BERT too; RoBERTa's table has two rows more."""
+    for model in ("gpt2", "bert"):
+        net = zoo.build(model)
+        PrefixTuning(length=4, shift_positions=True).apply(net)
+        net(input_ids=text(60))
+        with pytest.raises(ValueError, match="61 tokens behind a prefix of 4 need more than the 64 positions"):
+            net(input_ids=text(61))
 
 
 @pytest.mark.parametrize("model", ["t5", "vit", "encoder"])
@@ -438,7 +490,8 @@ CASES = [
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_generation(name: str, model: str) -> None:
     """With a cache as without, in a padded batch as alone, with beams."""
-    net = ready("prefix_tuning", model, shift_positions=True) if name == "shifted" else ready(name, model)
+    more = {"targets": "attend,cross.attend"} if model == "t5" else {}
+    net = ready("prefix_tuning", model, shift_positions=True) if name == "shifted" else ready(name, model, **more)
     rows = [text(6, seed=1), text(3, seed=2)]
     ids, mask = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
     for i, row in enumerate(rows):

@@ -76,6 +76,9 @@ class ShiftedPositions(Adapter):
     def __init__(self, module: nn.Module, length: int, text: RealText | None) -> None:
         super().__init__()
         self.length, self.text = length, text
+        self.rows: int | None = None
+        if isinstance(module, nn.Embedding):  # RoBERTa and its like start behind the padding index
+            self.rows = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         self.index = 0 if isinstance(module, nn.Embedding) else _names(module).index("position_ids")
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +86,11 @@ class ShiftedPositions(Adapter):
             return base(*args, **kwargs)
         if "position_ids" in kwargs:
             return base(*args, **{**kwargs, "position_ids": kwargs["position_ids"] + self.length})
+        if self.rows is not None and args[0].shape[-1] + self.length > self.rows:
+            raise ValueError(
+                f"{args[0].shape[-1]} tokens behind a prefix of {self.length} need more than the {self.rows} positions "
+                "that the model learned. Shorten the text or the prefix, or leave shift_positions off."
+            )
         before, positions, after = args[: self.index], args[self.index], args[self.index + 1 :]
         return base(*before, positions + self.length, *after, **kwargs)
 

@@ -74,8 +74,7 @@ class LlamaAdapter(PEFT, name="llama_adapter", family="additive", paper="2303.16
     the KV cache. layers: "last:30" is the paper's choice for 32 layers; below the first such layer nothing is kept for
     the backward pass. L (length d + heads) parameters. Layers that normalise their keys normalise W_k P too (not in
     the paper).
-    gate="layer", tanh=False: one gate a layer, as it is, which is peft's ADAPTION_PROMPT. Source: section 3, equations
-    2 to 7.
+    gate="layer", tanh=False: one gate a layer, as it is, which is peft's ADAPTION_PROMPT. Source: section 3.
     """
 
     targets: str | list[str] | None = "attend"

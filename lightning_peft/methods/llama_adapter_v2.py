@@ -42,12 +42,12 @@ class LlamaAdapterV2(PEFT, name="llama_adapter_v2", family="additive", paper="23
     """y = s * (W x + b) at every projection, Att(q, K, V) + tanh(g) Att(q, W_k P, W_v P), norms trained
 
     Taken from the paper: a bias and a scale at each linear layer of the blocks (b = 0, s = 1 at the start), the norms
-    trained in place, prompts with zero-init attention in the layers `prompts` (None: all; the paper: the last 30 of
-    32), and prompts in the first `early` layers, with zero-init attention too, where the paper feeds its visual
-    tokens: here they are trained tokens, since there is no image. The paper's joint training on two data sets and its
-    expert systems are no part of this. The base at step 0. sum 2 d_out + norms + (prompted layers) (length d + heads)
-    parameters. The authors' code scales the input of a layer, W (s * x) + b; this is the paper's equation. Source:
-    sections 3.1, 3.3, equation 4.
+    trained in place, prompts with zero-init attention in the layers `prompts` (None: those of `layers`; the paper: the
+    last 30 of 32), and prompts in the first `early` layers, with zero-init attention too, where the paper feeds its
+    visual tokens: here they are trained tokens, since there is no image. The paper's joint training on two data sets
+    and its expert systems are no part of this. The base at step 0. sum 2 d_out + norms + (prompted layers) (length d +
+    heads) parameters. The authors' code scales the input of a layer, W (s * x) + b; this is the paper's equation.
+    Source: the sections on bias tuning and on early fusion.
     """
 
     targets: str | list[str] | None = "all-linear"
@@ -71,10 +71,12 @@ class LlamaAdapterV2(PEFT, name="llama_adapter_v2", family="additive", paper="23
             yield site, zero_init(sites, site, self.length, "head", True)
 
     def _prompted(self, sites: Sites) -> list[Site]:
-        where = [self.prompts, f"first:{self.early}"] if self.early else [self.prompts]
+        late = self.layers if self.prompts is None else self.prompts
+        where = [late, f"first:{self.early}"] if self.early else [late]
+        networks = {site.name.partition(".")[0] for site in sites}  # a frozen teacher is not among them
         found = [
             site
             for layers in where
             for site in find_sites(sites.model, "attend", layers=layers, exclude=self.exclude, roles=self.roles)
         ]
-        return list({site.name: site for site in found}.values())
+        return list({site.name: site for site in found if site.name.partition(".")[0] in networks}.values())

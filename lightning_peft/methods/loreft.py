@@ -147,14 +147,14 @@ class LoReFT(ReFT, name="loreft", family="representation", paper="2404.03592", i
     """h' = h + R^T (W h + b - R h), R R^T = I
 
     h (d,) is what a block returns at the first `first` and the last `last` tokens of the prompt: real tokens by the
-    padding mask, before the first counted label where there are labels a token, at most half of them each; none while
-    a KV cache is extended. targets may name projections, too: there h is what the projection reads ("o": what
-    attention gives before its output projection; "down": the activation of the feed-forward layer), or whole modules
-    inside a block ("*.mlp"): there h is what they return. tied: one
-    (R, W, b) a place for both ends, else two. L (2 r d + r) parameters when tied. identity=True starts with W = R,
-    b = 0, the base at step 0 (not in the paper). R stays orthonormal by a QR decomposition. `dropout` acts on the edit
-    (the authors' code drops the whole h'). In an encoder-decoder the encoder is edited. Source: section 3.2,
-    equation 2. Generation needs its KV cache (the default).
+    padding mask, before the first counted label where there are labels a token, at most half of them each (rounded down
+    as in the authors' code; the paper rounds up at the end); none while a KV cache is extended. targets may name
+    projections, too: there h is what the projection reads ("o": what attention gives before its output projection;
+    "down": the activation of the feed-forward layer), or whole modules inside a block ("*.mlp"): there h is what they
+    return. tied: one (R, W, b) a place for both ends, else two (as pyreft; the paper's untied has one a position). L (2
+    r d + r) parameters when tied. identity=True starts with W = R, b = 0, the base at step 0 (not in the paper). R
+    stays orthonormal by a QR decomposition. `dropout` acts on the edit (the authors' code drops the whole h'). In an
+    encoder-decoder the encoder is edited. Source: section 3.2, equation 2. Generation needs its KV cache (the default).
     """
 
     def edit(self, width: int) -> Edit:

@@ -112,7 +112,7 @@ class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101
     width, all layers of a kind share; adapter files hold the prefixes themselves, checkpoints of a run the MLP.
 
     init: "normal" N(0, 1), or "text": what the layers have for the `length` token ids in `text`, keys with their
-    positions (section 7.5; the best start where data are few). shift_positions: the text counts its positions from
+    positions (section 7.4; the best start where data are few). shift_positions: the text counts its positions from
     `length` on, as with the authors (and with peft), where the model has one table or rotation of positions; without,
     it keeps the positions that it was trained with. Source: section 4.
     """
