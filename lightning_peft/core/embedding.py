@@ -192,9 +192,9 @@ def cached_length(cache: Any) -> int:
 def packed(call: dict[str, Any]) -> bool:
     """Whether the rows of a transformers model hold several texts each, told by their positions alone."""
     positions = call.get("position_ids")
-    if not isinstance(positions, Tensor) or call.get("attention_mask") is not None or torch.compiler.is_compiling():
+    if type(positions) is not Tensor or positions.is_meta or torch.compiler.is_compiling():  # no numbers to look at
         return False
-    return not positions.is_meta and bool((positions.diff(dim=-1) <= 0).any())
+    return call.get("attention_mask") is None and bool((positions.diff(dim=-1) <= 0).any())
 
 
 def check_length(owner: nn.Module, wanted: int) -> None:
