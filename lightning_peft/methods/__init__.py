@@ -8,6 +8,7 @@ from lightning_peft.methods.bapna import Bapna
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
+from lightning_peft.methods.compacter import Compacter, CompacterPP, PHMAdapter
 from lightning_peft.methods.corda import CorDA
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.direft import DiReFT
@@ -77,6 +78,9 @@ __all__ = [
     "AdaptFormer",
     "Bapna",
     "Pfeiffer",
+    "PHMAdapter",
+    "CompacterPP",
+    "Compacter",
     "AdaLoRA",
     "BOFT",
     "BitFit",
