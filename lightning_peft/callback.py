@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_peft import checkpoint
 from lightning_peft.core import state
 from lightning_peft.core.method import Method, NothingToTrainError, freeze
+from lightning_peft.extra_loss import Predictions, check_module, install, uninstall
 from lightning_peft.resume import ExactResume
 
 log = logging.getLogger("lightning_peft")
@@ -37,6 +38,11 @@ class PEFT(Method, Callback):
     weights are restored -> the strategy moves and wraps -> optimizers are made. Idempotent over fit, validate, test
     and predict.
     """
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether `extra_loss` has something to add."""
+        return type(self).extra_loss is not PEFT.extra_loss
 
     # -------------------------------------------------------------- injection
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -58,6 +64,10 @@ class PEFT(Method, Callback):
             pl_module.configure_model = configure_model  # type: ignore[method-assign]
         if self not in patches:
             patches.append(self)
+
+    def extra_loss(self, outputs: Predictions, batch: Any) -> Tensor | None:
+        """A scalar to add to the loss of `training_step`, for methods that have to see outputs; None for none."""
+        return None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         unpatch(pl_module)
@@ -84,6 +94,7 @@ class PEFT(Method, Callback):
         if self._leads(pl_module):
             vars(self).update(_masks=any(True for _ in state.masked(pl_module)), _checked_gradients=False)
             self._resume.install(trainer)
+            add_losses(trainer, pl_module)
             announce(trainer, pl_module)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -208,6 +219,8 @@ def unpatch(pl_module: pl.LightningModule) -> None:
     """Take away what belongs to one run; the adapters stay."""
     if vars(pl_module).pop("_peft_pending", None) is not None:
         vars(pl_module).pop("configure_model", None)
+    if vars(pl_module).pop("_peft_extra_losses", False):
+        uninstall(pl_module)
     if "_peft_ignored_before" in vars(pl_module):
         before = vars(pl_module).pop("_peft_ignored_before")
         vars(pl_module).pop(IGNORED, None)
@@ -366,6 +379,17 @@ def add_penalties(pl_module: pl.LightningModule, applied: state.Applied) -> None
         if grad is not None:
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
     pl_module.log(f"{applied.label}/penalty", total.detach())
+
+
+def add_losses(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let `training_step` return the terms of the methods that have some, too (`PEFT.extra_loss`)."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    own = [c for c in callbacks if isinstance(c, PEFT) and c.adds_loss]
+    for method in own:
+        check_module(pl_module, type(method).__name__)
+    if own:
+        vars(pl_module)["_peft_extra_losses"] = True
+        install(pl_module, {method.name_on_model: method.extra_loss for method in own})
 
 
 def warn_without_gradient(pl_module: pl.LightningModule) -> None:

@@ -73,6 +73,21 @@ class Boring(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Says(Boring):
+    """Says where its logits are."""
+
+    as_dict = False
+
+    def predictions(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return self.net(input_ids=x).logits, y
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:  # type: ignore[override]
+        loss = nn.functional.cross_entropy(*self.predictions(batch))
+        self.losses.append(loss.item())
+        return {"loss": loss, "more": 1} if self.as_dict else loss
+
+
 def data(n: int = 24, batch_size: int = 3, shuffle: bool = True) -> DataLoader[Any]:
     g = torch.Generator().manual_seed(1)
     x, y = torch.randint(3, 90, (n, 7), generator=g), torch.randint(0, 3, (n,), generator=g)

@@ -26,7 +26,7 @@ def main(directory: str, hows: str, processes: int) -> None:
 def one(directory: str, how: str, processes: int) -> None:
     Path(directory).mkdir(exist_ok=True)
     pl.seed_everything(0, verbose=False)
-    module = boring.Boring(dropout=0.0, optimizer="sgd")
+    module = (boring.Says if how == "adamix" else boring.Boring)(dropout=0.0, optimizer="sgd")
     if how == "unequal":  # a base that differs from rank to rank
         import os
 

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adaptformer": {"bottleneck": 6},
     "bapna": {"bottleneck": 6},
     "pfeiffer": {"bottleneck": 6},
+    "adamix": {"bottleneck": 6, "experts": 3},
     "phm": {"bottleneck": 8},
     "compacter": {"bottleneck": 8},
     "compacter_pp": {"bottleneck": 8},
@@ -151,6 +152,7 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
         ]
     },
     "output_adapter": {"targets": "mlp", "activation": "identity"},
+    "adamix": {"targets": "mlp,lora"},
     "phm": {"targets": "mlp,lora"},
     "compacter": {"targets": "mlp,lora"},
     "compacter_pp": {"targets": "mlp,lora"},
@@ -188,6 +190,8 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
 COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning_v2", "pissa"}
+# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average
+COLLAPSED = {"adamix", "corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa"}
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only
@@ -214,6 +218,7 @@ QUICK = {
     "adaptformer": ("vit", "gpt2"),
     "bapna": ("t5", "vit"),
     "pfeiffer": ("t5", "encoder"),
+    "adamix": ("gpt2", "encoder"),
     "phm": ("gpt2", "encoder"),
     "compacter": ("t5", "encoder"),
     "compacter_pp": ("t5", "llama"),

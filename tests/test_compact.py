@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boring
+import lightning.pytorch as pl
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
 from harness import output, perturb
 from settings import adapted, make
 from test_counts import fresh
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import Compacter, CompacterPP, PHMAdapter, load_adapter, save_adapter
+from lightning_peft import AdaMix, Compacter, CompacterPP, Houlsby, PHMAdapter, load_adapter, save_adapter, tasks
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.hypercomplex import PHM, Rules
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import TargetError
+from lightning_peft.extra_loss import NoPredictionsError
+from lightning_peft.methods.adamix import consistency
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
 
 class One(nn.Module):
@@ -198,3 +207,219 @@ def test_widths_that_n_does_not_divide() -> None:
     for bad in ({"bottleneck": 0}, {"n": 0}, {"std": 0.0}, {"rank": 0}):
         with pytest.raises(FieldError, match="above 0"):
             Compacter(**bad)
+
+
+# ------------------------------------------------------------------ AdaMix
+def experts_of(v: dict[str, Tensor], i: int, j: int, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    """One bottleneck of the mixture, written out."""
+    h = base(x)
+    z = 0.5 * (h @ v["down"][i].T + v["down_bias"][i])
+    z = z * (1 + torch.erf(z * 2**0.5))
+    return h + z @ v["up"][j].T + v["up_bias"][j]
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("share", ["up", "down", "none"])
+def test_adamix_draws_one_expert_of_each_side(conv1d: bool, share: str) -> None:
+    net, adapter, v = one(AdaMix(targets="p", experts=3, share=share, bottleneck=4, dtype="float64"), conv1d)
+    sizes = (1 if share == "down" else 3), (1 if share == "up" else 3)
+    assert (len(v["down"]), len(v["up"])) == sizes
+    torch.manual_seed(5)
+    drawn = [int(torch.randint(count, (1,))) for count in sizes]
+    torch.manual_seed(5)
+    net.train()
+    agree(net, adapter, v, lambda x: experts_of(v, *drawn, x, net.dense))
+    for name, p in adapter.named_parameters():  # the others take part, with zeros
+        chosen = drawn[0] if name.startswith("down") else drawn[1]
+        assert [bool(g.any()) for g in p.grad] == [index == chosen for index in range(len(p))]
+
+
+def test_adamix_averages_weights_in_eval_mode() -> None:
+    net, adapter, v = one(AdaMix(targets="p", experts=3, share="none", bottleneck=4, dtype="float64"))
+    mean = {name: t.mean(0, keepdim=True) for name, t in v.items()}
+    net.eval()
+    agree(net, adapter, v, lambda x: experts_of(mean, 0, 0, x, net.dense))
+
+
+def test_experts_are_drawn_uniformly_and_apart_for_each_layer() -> None:
+    net, _ = adapted("adamix", "bert", share="none")
+    perturb(net)
+    layers = [x.adapter for x in state.get_applied(net).placements]
+    seen = []
+    net.train()
+    torch.manual_seed(0)
+    for _ in range(200):
+        drawn = []
+        for layer in layers:
+            down, _, up, _ = layer.weights()
+            sides = (down, layer.down), (up, layer.up)
+            drawn += [next(i for i in range(3) if torch.equal(t, experts[i])) for t, experts in sides]
+        seen.append(drawn)
+    counts = torch.tensor(seen)
+    for column in counts.T:
+        assert torch.bincount(column, minlength=3).min() > 40
+    assert 0.2 < (counts[:, 0] == counts[:, 2]).float().mean() < 0.47
+    assert 0.2 < (counts[:, 0] == counts[:, 1]).float().mean() < 0.47
+
+
+ADAMIX_COUNTS = [
+    ("roberta-large", AdaMix(bottleneck=16, experts=4, heads=None), 1_992_192),
+    ("roberta-large", AdaMix(bottleneck=16, experts=4, heads=None).portable(), 811_392),
+    ("bert-base", AdaMix(bottleneck=48, heads=None).portable(), 894_528),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "count"), ADAMIX_COUNTS, ids=["training", "merged", "merged base"])
+def test_counts_of_adamix(model: str, method: Any, count: int) -> None:
+    assert state.describe(method.apply(fresh(model)))["trainable"] == count
+
+
+def test_files_hold_the_average_and_are_loaded_as_one_bottleneck(tmp_path: Path) -> None:
+    net, method = adapted("adamix", "llama", layers="last:1", share="none", activation="relu")
+    perturb(net)
+    save_adapter(net, tmp_path / "a")
+    other = zoo.build("llama")
+    loaded = load_adapter(other, tmp_path / "a")
+    assert isinstance(loaded, Houlsby)
+    assert (loaded.targets, loaded.bottleneck, loaded.layers, loaded.activation) == ("down", 6, "last:1", "relu")
+    torch.testing.assert_close(output(other, "llama"), output(net, "llama"))
+    assert sum(t.numel() for t in state.saved(net).values()) == 3 * sum(t.numel() for t in state.saved(other).values())
+
+
+def test_consistency_is_symmetric_and_leads_each_side_to_the_other() -> None:
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(6, 5, generator=g, dtype=torch.float64).float().requires_grad_() for _ in range(2))
+    p, q = a.softmax(-1), b.softmax(-1)
+    both = 0.5 * ((p * (p.log() - q.log())).sum() + (q * (q.log() - p.log())).sum()) / 6
+    torch.testing.assert_close(consistency(a, b), both)
+    consistency(a, b).backward()
+    torch.testing.assert_close(a.grad, 0.5 * (p - q).detach() / 6)  # the gradient of KL(q || p) alone: p - q
+    torch.testing.assert_close(b.grad, 0.5 * (q - p).detach() / 6)
+    assert consistency(a, a).abs() < 1e-7
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_the_step_returns_its_loss_and_the_consistency_of_a_second_pass(as_dict: bool, tmp_path: Path) -> None:
+    passes, generators = [], []
+
+    class Passes(boring.Says):
+        def predictions(self, batch: Any) -> Any:
+            generators.append(torch.get_rng_state())
+            found = super().predictions(batch)
+            passes.append(found[0])
+            return found
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            grads.append({n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None})
+
+    grads: list[dict[str, Tensor]] = []
+    module, method = Passes(dropout=0.0), AdaMix(bottleneck=4, init="normal", consistency=7.0, share="none")
+    module.as_dict = as_dict
+    pl.seed_everything(0, verbose=False)
+    run = boring.trainer(tmp_path, [method], limit_train_batches=1)
+    run.fit(module, boring.data(shuffle=False))
+    assert len(passes) == 2
+    assert not torch.equal(passes[0], passes[1])
+    assert len(module.losses) == 1
+    expected = 7.0 * consistency(*passes).detach()
+    torch.testing.assert_close(run.callback_metrics["adamix/extra_loss"], expected)
+    twin = Passes(dropout=0.0)
+    AdaMix(bottleneck=4, init="normal", consistency=7.0, share="none").apply(twin)
+    twin.train()
+    batch = next(iter(boring.data(shuffle=False)))
+    replayed = []
+    for generator in generators[:2]:  # the same experts again
+        torch.set_rng_state(generator)
+        replayed.append(twin.predictions(batch)[0])
+    one_, two = replayed
+    assert torch.equal(one_, passes[0])
+    assert torch.equal(two, passes[1])
+    total = F.cross_entropy(one_, batch[1]) + 7.0 * consistency(one_, two)
+    total.backward()
+    for name, p in twin.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(grads[0][name], p.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_of_the_hook_is_left_behind(tmp_path: Path) -> None:
+    module = boring.Says()
+    for method in (AdaMix(bottleneck=4), AdaMix(bottleneck=4, label="other")):
+        boring.trainer(tmp_path, [method], limit_train_batches=1).fit(module, boring.data())
+        assert {"training_step", "predictions", "_peft_extra_losses"}.isdisjoint(vars(module))
+        method.remove(module)
+        pickle.dumps(module.net)
+
+
+class Silent(boring.Says):
+    """Has `predictions`, which the step does not use."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.net(input_ids=batch[0], labels=batch[1]).loss
+
+
+class ByHand(boring.Says):
+    """Steps of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (boring.Boring, "does not say where they are. Give it a method predictions"),
+        (Silent, "did not call its predictions"),
+        (ByHand, "steps of its own"),
+    ],
+)
+def test_modules_that_do_not_show_their_logits(module: Any, message: str, tmp_path: Path) -> None:
+    net = module()
+    with pytest.raises(NoPredictionsError, match=message):
+        boring.trainer(tmp_path, [AdaMix(bottleneck=4)], limit_train_batches=1).fit(net, boring.data())
+    assert "training_step" not in vars(net)
+
+
+def test_without_consistency_any_module_will_do(tmp_path: Path) -> None:
+    module = boring.Boring()
+    boring.trainer(tmp_path, [AdaMix(bottleneck=4, consistency=0.0)], limit_train_batches=2).fit(module, boring.data())
+    assert len(module.losses) == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_of_two_passes_meet_their_own_experts_again(reentrant: bool) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        net, _ = adapted("adamix", "bert", share="none", experts=5)
+        perturb(net)
+        if checkpointed:
+            net.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            net.enable_input_require_grads()
+        net.train()
+        torch.manual_seed(4)
+        one_, two = (net(**zoo.inputs("bert")).logits for _ in range(2))
+        assert not torch.equal(one_, two)
+        (one_.pow(2).mean() + consistency(one_, two)).backward()
+        gradients.append({n: p.grad for n, p in state.trainable(net).items()})
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, atol=1e-6, rtol=1e-5)
+
+
+def test_a_language_model_compares_the_tokens_that_count(tmp_path: Path) -> None:
+    module = tasks.CausalLM(zoo.build("gpt2"))
+    labels = zoo.inputs("gpt2")["input_ids"].clone()
+    labels[:, :3] = -100
+    batch = {**zoo.inputs("gpt2"), "labels": labels}
+    seen: list[Any] = []
+
+    class Look(AdaMix):
+        def extra_loss(self, outputs: Any, batch: Any) -> Tensor:
+            seen.append((outputs.logits.shape, outputs.labels, outputs.again().logits.shape))
+            return super().extra_loss(outputs, batch)
+
+    run = boring.trainer(tmp_path, [Look(bottleneck=4)], max_steps=1)
+    run.fit(module, DataLoader([batch], batch_size=None))
+    rows = int((labels[:, 1:] != -100).sum())
+    assert seen[0][0] == seen[0][2] == (rows, zoo.VOCAB)
+    assert torch.equal(seen[0][1], labels[:, 1:][labels[:, 1:] != -100])

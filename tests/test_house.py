@@ -21,6 +21,7 @@ LAYERS = {  # a file may import from its own layer's number and below
     "core": 0,
     "checkpoint": 1,
     "resume": 1,
+    "extra_loss": 1,
     "kernels": 1,
     "groups": 1,
     "precision": 2,

@@ -5,6 +5,7 @@ from lightning_peft.methods.adapter_fusion import AdapterFusion
 from lightning_peft.methods.adapterdrop import AdapterDrop
 from lightning_peft.methods.adaptformer import AdaptFormer
 from lightning_peft.methods.bapna import Bapna
+from lightning_peft.methods.adamix import AdaMix
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
@@ -78,6 +79,7 @@ __all__ = [
     "AdaptFormer",
     "Bapna",
     "Pfeiffer",
+    "AdaMix",
     "PHMAdapter",
     "CompacterPP",
     "Compacter",
