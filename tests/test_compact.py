@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 import zoo
 from harness import output, perturb
 from settings import adapted, make
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import AdaMix, Compacter, CompacterPP, Houlsby, PHMAdapter, load_adapter, save_adapter, tasks
+from lightning_peft import IA3, AdaMix, Compacter, CompacterPP, Houlsby, PHMAdapter, load_adapter, save_adapter, tasks
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError
@@ -30,6 +31,7 @@ from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import TargetError
 from lightning_peft.extra_loss import NoPredictionsError
 from lightning_peft.methods.adamix import consistency
+from lightning_peft.tasks import multiple_choice as choices
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
 
@@ -423,3 +425,172 @@ def test_a_language_model_compares_the_tokens_that_count(tmp_path: Path) -> None
     rows = int((labels[:, 1:] != -100).sum())
     assert seen[0][0] == seen[0][2] == (rows, zoo.VOCAB)
     assert torch.equal(seen[0][1], labels[:, 1:][labels[:, 1:] != -100])
+
+
+# ------------------------------------------------------------------ (IA)^3
+LAYOUTS = (
+    "gpt2", "gpt2_cross", "llama", "phi3", "qwen3", "gemma2", "gptj", "gpt_neox", "bloom", "opt", "t5", "t5_gated", "bart",
+    "whisper", "deberta", "modernbert", "timm_vit", "encoder", "transformer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", LAYOUTS)
+def test_ia3_is_merged_exactly_in_every_layout(model: str) -> None:
+    net = zoo.build(model).double()
+    base = output(net, model)
+    method = IA3(dtype="float64", heads=None)
+    method.apply(net)
+    roles = [x.role.removeprefix("cross.") for x in state.get_applied(net).placements]
+    assert roles.count("k") == roles.count("v") >= roles.count("down") > 1
+    torch.testing.assert_close(output(net, model), base, atol=1e-12, rtol=1e-12)
+    perturb(net, 0.3)
+    adapted_output = output(net, model)
+    assert (adapted_output - base).abs().max() > 1e-5
+    method.merge(net)
+    torch.testing.assert_close(output(net, model), adapted_output, atol=1e-10, rtol=1e-10)
+    method.unmerge(net)
+    assert torch.equal(output(net, model), adapted_output)
+
+
+def keys_of(net: nn.Module, model: str) -> Tensor:
+    """What the first attention layer is given as keys, before any rotation."""
+    seen: list[Tensor] = []
+    handle = net.model.layers[0].self_attn.k_norm.register_forward_hook(lambda m, a, out: seen.append(out))
+    output(net, model)
+    handle.remove()
+    return seen[0]
+
+
+def test_a_scale_before_the_norm_of_keys_is_not_one_after_it() -> None:
+    """Qwen3: the norm takes the size of a head out again; after it the equation of the paper holds."""
+    plain = keys_of(zoo.build("qwen3").double(), "qwen3")
+    keys = {}
+    for where in ("projection", "norm"):
+        net = zoo.build("qwen3").double()
+        IA3(keys=where, dtype="float64").apply(net)
+        first = next(x for x in state.get_applied(net).placements if x.role in ("k", "norm.qk"))
+        assert first.site.endswith("k_proj" if where == "projection" else "k_norm")
+        with torch.no_grad():
+            first.adapter.l.fill_(3.0)
+        keys[where] = keys_of(net, "qwen3")
+    torch.testing.assert_close(keys["projection"], plain, atol=1e-3, rtol=1e-3)  # but for the norm's epsilon
+    torch.testing.assert_close(keys["norm"], 3 * plain, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("model", "count"), [("qwen3", 2 * (16 + 2 * 16 + 64)), ("llama", 2 * (16 + 16 + 64))])
+def test_a_scale_after_the_norm_of_keys_is_folded_into_its_gain(model: str, count: int) -> None:
+    net = zoo.build(model).double()
+    method = IA3(keys="norm", dtype="float64", heads=None)
+    method.apply(net)
+    assert state.describe(net)["trainable"] == count
+    perturb(net, 0.3)
+    expected = output(net, model)
+    method.merge(net)
+    torch.testing.assert_close(output(net, model), expected, atol=1e-10, rtol=1e-10)
+    method.unload(net)
+    torch.testing.assert_close(output(net, model), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_gain_that_is_stored_less_one() -> None:
+    """Gemma 3: norm(x) (1 + w)"""
+    config = hf.Gemma3TextConfig(**{**zoo.TEXT, "num_key_value_heads": 2, "head_dim": 8})
+    torch.manual_seed(0)
+    net = hf.Gemma3ForCausalLM(config).double().eval()
+    method = IA3(keys="norm", dtype="float64")
+    method.apply(net)
+    assert {x.role for x in state.get_applied(net).placements} == {"norm.qk", "v", "down"}
+    perturb(net, 0.3)
+    norm, x = net.model.layers[0].self_attn.k_norm, torch.randn(2, 3, 2, 8, dtype=torch.float64)
+    with torch.no_grad():
+        norm.weight.normal_()
+        expected = norm(x)
+        method.unload(net)
+        torch.testing.assert_close(norm(x), expected, atol=1e-5, rtol=1e-5)  # it computes in fp32
+
+
+# ------------------------------------------------------------------ T-Few
+ROWS = [
+    {"input_ids": [5, 6, 7, 8], "choices": [[11, 12], [13, 14, 15], [16]], "labels": 1},
+    {"input_ids": [9, 4], "choices": [[21], [22, 23, 24, 25]], "labels": 0},
+]
+
+
+def slow_scores(net: nn.Module, seq2seq: bool) -> list[list[list[Tensor]]]:
+    """log p of each token of each choice, one choice at a time and without padding."""
+    out = []
+    for row in ROWS:
+        out.append([])
+        for choice in row["choices"]:
+            prompt, answer = torch.tensor([row["input_ids"]]), torch.tensor([choice])
+            if seq2seq:
+                before = torch.cat([torch.zeros(1, 1, dtype=torch.long), answer[:, :-1]], 1)
+                logp = net(input_ids=prompt, decoder_input_ids=before).logits[0].log_softmax(-1)
+            else:
+                whole = torch.cat([prompt, answer], 1)
+                logp = net(input_ids=whole).logits[0].log_softmax(-1)[prompt.shape[1] - 1 : -1]
+            out[-1].append([logp[t, token] for t, token in enumerate(choice)])
+    return out
+
+
+@pytest.mark.parametrize("model", ["t5", "gpt2", "llama"])
+def test_losses_of_t_few(model: str) -> None:
+    """Equations 1 to 3 of the paper, written out choice by choice, and their gradients."""
+    seq2seq = model == "t5"
+    nets = [zoo.build(model) for _ in range(2)]
+    for net in nets:
+        IA3().apply(net)
+        perturb(net, 0.3)
+    task = tasks.MultipleChoice(nets[0], choices=3, unlikelihood=0.7, normalised=1.3)
+    batch = tasks.CollateChoices(0, seq2seq)(ROWS)
+    loss = task.loss(*task.likelihoods(batch), batch["labels"])
+    scores = slow_scores(nets[1], seq2seq)
+    right = [logp for own, row in zip(scores, ROWS, strict=True) for logp in own[row["labels"]]]
+    wrong = [
+        logp
+        for own, row in zip(scores, ROWS, strict=True)
+        for i, choice in enumerate(own)
+        if i != row["labels"]
+        for logp in choice
+    ]
+    betas = [torch.stack([torch.stack(choice).mean() for choice in own]) for own in scores]
+    lm = -torch.stack(right).mean()
+    unlikely = -torch.stack([torch.log(1 - logp.exp() + 0.01) for logp in wrong]).mean()
+    normal = torch.stack([-(b[r["labels"]] - b.logsumexp(0)) for b, r in zip(betas, ROWS, strict=True)]).mean()
+    expected = lm + 0.7 * unlikely + 1.3 * normal
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    expected.backward()
+    for mine, theirs in zip(state.trainable(nets[0]).values(), state.trainable(nets[1]).values(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+    answer = task.predict_step(batch)
+    assert answer["labels"].tolist() == [int(b.argmax()) for b in betas]
+    assert answer["scores"][1, 2] == -torch.inf  # there is no third choice
+    plain = tasks.MultipleChoice(nets[0], 3, unlikelihood=0.0, normalised=0.0)
+    torch.testing.assert_close(plain.loss(*plain.likelihoods(batch), batch["labels"]), lm, atol=1e-5, rtol=1e-5)
+
+
+def test_unlikelihood_is_finite_where_a_wrong_choice_is_certain() -> None:
+    logp = torch.zeros(1, 2, 3, requires_grad=True)
+    loss = choices.unlikelihood_loss(logp, torch.ones(1, 2, 3, dtype=torch.bool), torch.tensor([0]))
+    torch.testing.assert_close(loss, -torch.log(torch.tensor(0.01)))
+    loss.backward()
+    assert torch.isfinite(logp.grad).all()
+    assert (logp.grad[0, 1] > 0).all()
+    assert not logp.grad[0, 0].any()
+
+
+@pytest.mark.parametrize("method", [IA3(), AdaMix(bottleneck=4)], ids=["ia3", "adamix"])
+def test_choices_are_learned_in_a_trainer(method: Any, tmp_path: Path) -> None:
+    module = tasks.MultipleChoice(zoo.build("t5"), 3, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+    loader = DataLoader(ROWS, batch_size=2, collate_fn=tasks.CollateChoices(0, seq2seq=True))
+    run = boring.trainer(tmp_path, [method], max_epochs=25, log_every_n_steps=1)
+    run.fit(module, loader, loader)
+    assert run.callback_metrics["val/accuracy"] == 1.0
+    assert run.test(module, loader, verbose=False)[0]["test/loss"] < 6
+    assert [p.tolist() for p in (run.predict(module, loader)[0]["labels"],)] == [[1, 0]]
+
+
+def test_choices_that_make_no_sense() -> None:
+    for bad in ({"choices": 1}, {"choices": 3, "unlikelihood": -1.0}, {"choices": 3, "normalised": -0.1}):
+        with pytest.raises(ValueError, match="two choices at least"):
+            tasks.MultipleChoice(nn.Linear(2, 2), **bad)

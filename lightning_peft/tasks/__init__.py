@@ -6,10 +6,12 @@ from typing import Any
 HOMES = {
     "ByteTokenizer": "tokens",
     "CausalLM": "causal_lm",
+    "CollateChoices": "multiple_choice",
     "Digits": "digits",
     "HFText": "text_file",
     "ImageClassification": "image_classification",
     "Instructions": "instructions",
+    "MultipleChoice": "multiple_choice",
     "PooledClassifier": "pooling",
     "StdlibDocs": "stdlib_docs",
     "TextClassification": "text_classification",

@@ -257,7 +257,7 @@ def ia3_view(theirs: nn.Module, placement: Placement, grad: bool = False) -> Ten
     return values[start : start + width]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, "qwen3", "t5_gated"])
 def test_ia3(name: str) -> None:
     ours, theirs = ia3_twins(name)
     same_run(ours, theirs, inputs(name))
@@ -265,7 +265,7 @@ def test_ia3(name: str) -> None:
         torch.testing.assert_close(placement.adapter.l.grad, ia3_view(theirs, placement, grad=True), **CLOSE)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, "qwen3", "t5_gated"])
 def test_ia3_merged(name: str) -> None:
     ours, theirs = ia3_twins(name)
     same_state(IA3().unload(ours, "ia3"), theirs.merge_and_unload())
