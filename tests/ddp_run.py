@@ -32,7 +32,8 @@ def one(directory: str, how: str, processes: int) -> None:
 
         with torch.no_grad():
             module.net.bert.embeddings.word_embeddings.weight.add_(int(os.environ.get("LOCAL_RANK", 0)))
-    lora: PEFT = make(how, "bert") if how in REGISTRY else LoRA(rank=2)
+    more = {"score": "snip"} if how == "sparse_adapter" else {}
+    lora: PEFT = make(how, "bert", **more) if how in REGISTRY else LoRA(rank=2)
     callbacks: list[pl.Callback] = [] if how == "strategy" else [lora]
     watch = Watch()
     callbacks.append(watch)

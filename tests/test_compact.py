@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import boring
+import hydra
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -22,18 +23,35 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import IA3, AdaMix, Compacter, CompacterPP, Houlsby, PHMAdapter, load_adapter, save_adapter, tasks
+from lightning_peft import (
+    IA3,
+    AdaMix,
+    Compacter,
+    CompacterPP,
+    Houlsby,
+    PHMAdapter,
+    SparseAdapter,
+    load_adapter,
+    save_adapter,
+    tasks,
+)
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.calibration import CalibrationError
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.hypercomplex import PHM, Rules
 from lightning_peft.core.init import Draw
+from lightning_peft.core.pruned import Pruned
 from lightning_peft.core.sites import TargetError
 from lightning_peft.extra_loss import NoPredictionsError
 from lightning_peft.methods.adamix import consistency
+from lightning_peft.schema import schema
 from lightning_peft.tasks import multiple_choice as choices
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+]
 
 
 class One(nn.Module):
@@ -594,3 +612,291 @@ def test_choices_that_make_no_sense() -> None:
     for bad in ({"choices": 1}, {"choices": 3, "unlikelihood": -1.0}, {"choices": 3, "normalised": -0.1}):
         with pytest.raises(ValueError, match="two choices at least"):
             tasks.MultipleChoice(nn.Linear(2, 2), **bad)
+
+
+# ------------------------------------------------------------------ SparseAdapter
+def sparse(**more: Any) -> SparseAdapter:
+    fields = {"settings": {"bottleneck": 4, "activation": "tanh"}, "score": "magnitude", "sparsity": 0.5, **more}
+    return SparseAdapter(**fields)
+
+
+def pruned(net: nn.Module) -> list[Pruned]:
+    return [x.adapter for x in state.get_applied(net).placements if isinstance(x.adapter, Pruned)]
+
+
+def kept(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Mask and tensor of every matrix."""
+    return [(getattr(a.kept, n.replace(".", "_")), p) for a in pruned(net) for n, p in a.matrices()]
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_only_kept_entries_compute_and_learn(conv1d: bool) -> None:
+    net, adapter, v = one(sparse(targets="p", dtype="float64"), conv1d)
+    m = {"down": adapter.kept.down.double(), "up": adapter.kept.up.double()}
+    assert 0 < m["down"].mean() < 1
+    assert 0 < m["up"].mean() < 1
+
+    def expected(x: Tensor) -> Tensor:
+        h = net.dense(x)
+        z = torch.tanh(h @ (v["inner.down"] * m["down"]).T + v["inner.down_bias"])
+        return h + z @ (v["inner.up"] * m["up"]).T + v["inner.up_bias"]
+
+    agree(net, adapter, v, expected)  # `one` has moved the pruned entries away from zero: they do not count
+    for mask, p in kept(net):
+        assert not p.grad[~mask].any()
+        assert p.grad[mask].all()
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.4, 0.8])
+def test_the_largest_of_all_adapters_together_are_kept(sparsity: float) -> None:
+    dense = zoo.build("bert")
+    make("houlsby", "bert", init="normal", label="sparse_adapter").apply(dense)
+    net, _ = adapted("sparse_adapter", "bert", sparsity=sparsity)
+    entries = torch.cat([p.flatten() for _, p in kept(net)])
+    masks = torch.cat([mask.flatten() for mask, _ in kept(net)])
+    assert int(masks.sum()) == round((1 - sparsity) * len(masks))  # the share that is pruned, as in the paper
+    assert not entries[~masks].any()
+    per_tensor = {round(float(mask.float().mean()), 4) for mask, _ in kept(net)}
+    assert len(per_tensor) > 1 or not sparsity  # one threshold for all, not one for each
+    whole = [p for a in pruned(net) for n, p in a.inner.named_parameters() if p.dim() == 1]
+    assert state.describe(net)["trainable"] == int(masks.sum()) + sum(p.numel() for p in whole) + 99  # the head
+    if sparsity:
+        assert entries[masks].abs().min() > 0
+
+
+def test_large_sparse_keeps_the_count() -> None:
+    counts = []
+    for method in (sparse(sparsity=0.0), sparse(large=4)):
+        net = zoo.build("bert")
+        method.apply(net)
+        counts.append(sum(int(mask.sum()) for mask, _ in kept(net)))
+        widths = {len(a.inner.down) for a in pruned(net)}
+    assert counts[0] == counts[1]
+    assert widths == {16}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adam"])
+def test_pruned_entries_stay_zero_under_decay_and_momentum(optimizer: str) -> None:
+    make_optimizer = {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5),
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5),
+        "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.5),
+    }[optimizer]
+    net, _ = adapted("sparse_adapter", "bert")
+    before = [(mask.clone(), p.detach().clone()) for mask, p in kept(net)]
+    steps = make_optimizer([p for p in net.parameters() if p.requires_grad])
+    net.train()
+    for _ in range(4):
+        steps.zero_grad()
+        net(**zoo.inputs("bert"), labels=torch.tensor([0, 2])).loss.backward()
+        steps.step()
+    for (mask, p), (mask_before, p_before) in zip(kept(net), before, strict=True):
+        assert torch.equal(mask, mask_before)
+        assert not p[~mask].any()
+        assert (p[mask] != p_before[mask]).all()
+
+
+class Loss(nn.Module):
+    """A loss of one projection, for scores."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.net(x) - y).pow(2).mean()
+
+
+@pytest.mark.parametrize("score", ["snip", "grasp", "synflow", "magnitude"])
+def test_scores(score: str) -> None:
+    """snip |g W|, grasp W (H g), synflow |W dR/dW|, magnitude |W|: from a dense gradient and Hessian of a flat vector."""
+    torch.manual_seed(2)
+    net = Loss(One()).double()
+    method = sparse(targets="net.p", score=score, sparsity=0.0, dtype="float64", settings={"bottleneck": 3})
+    method.apply(net)
+    (adapter,) = pruned(net)
+    names = [n for n, _ in adapter.matrices()]
+    with torch.no_grad():
+        for p in adapter.inner.parameters():
+            p.normal_(0, 0.5)
+    shapes = {n: p.shape for n, p in adapter.inner.named_parameters()}
+    fixed = {n: p.detach() for n, p in adapter.inner.named_parameters()}
+    start = torch.cat([fixed[n].flatten() for n in names])
+    batches = [tuple(torch.randn(4, width, dtype=torch.float64) for width in (12, 8)) for _ in range(2)]
+
+    def values(vector: Tensor) -> dict[str, Tensor]:
+        pieces = vector.split([shapes[n].numel() for n in names])
+        return {**fixed, **{n: piece.view(shapes[n]) for n, piece in zip(names, pieces, strict=True)}}
+
+    def through(v: dict[str, Tensor], h: Tensor) -> Tensor:
+        return h + F.gelu(h @ v["down"].T + v["down_bias"]) @ v["up"].T + v["up_bias"]
+
+    def total(vector: Tensor) -> Tensor:
+        return sum((through(values(vector), net.net.dense(x)) - y).pow(2).mean() for x, y in batches)
+
+    def flow(vector: Tensor) -> Tensor:
+        v = {n: t.abs() for n, t in values(vector).items()}
+        return through(v, torch.ones(1, 8, dtype=torch.float64)).mean()
+
+    g, h = torch.func.grad(total)(start), torch.func.hessian(total)(start)
+    expected = {
+        "snip": (g * start).abs(),
+        "grasp": start * (h @ g),
+        "synflow": (torch.func.grad(flow)(start) * start).abs(),
+        "magnitude": start.abs(),
+    }[score]
+    group = method.group(net)
+    if score in ("snip", "grasp"):
+        from lightning_peft.core.calibration import plain_run
+        from lightning_peft.core.pruned import WITH_DATA
+
+        found = WITH_DATA[score](group, batches, plain_run(net))
+    else:
+        from lightning_peft.core.pruned import WITHOUT_DATA
+
+        found = WITHOUT_DATA[score](group)
+    torch.testing.assert_close(torch.cat([t.flatten() for t in found.values()]), expected, atol=1e-10, rtol=1e-9)
+    if score == "grasp":  # what is kept is what |g|^2 would miss most
+        lost = [
+            torch.func.grad(total)(start - 1e-4 * start[i] * row).pow(2).sum()
+            for i, row in enumerate(torch.eye(len(start), dtype=start.dtype))
+        ]
+        drop = (g.pow(2).sum() - torch.stack(lost)) / 2e-4
+        torch.testing.assert_close(drop, expected, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("score", ["snip", "grasp"])
+def test_batches_prune_at_the_start_of_fit_and_draw_nothing(score: str, tmp_path: Path) -> None:
+    def fit(method: Any, module: Any, **more: Any) -> Any:
+        pl.seed_everything(0, verbose=False)
+        run = boring.trainer(tmp_path, [method], limit_train_batches=3, **more)
+        run.fit(module, boring.data())
+        return run
+
+    method = sparse(score=score, sparsity=0.8, batches=2)
+    module = boring.Boring(dropout=0.0)
+    fit(method, module)
+    masks = [mask.clone() for mask, _ in kept(module)]
+    assert sum(int(m.sum()) for m in masks) == round(0.2 * sum(m.numel() for m in masks))
+    assert all(not p[~mask].any() for mask, p in kept(module))
+    assert len(module.losses) == 3 + (2 if score == "snip" else 4)
+    save_adapter(module, tmp_path / "a")
+    again = boring.Boring(dropout=0.0)
+    loaded = load_adapter(again, tmp_path / "a", trainable=True)
+    assert [torch.equal(a, b[0]) for a, b in zip(masks, kept(again), strict=True)] == [True] * len(masks)
+    fit(loaded, again)
+    assert len(again.losses) == 3  # what is loaded has its masks
+    assert all(torch.equal(a, b[0]) for a, b in zip(masks, kept(again), strict=True))
+
+
+def test_a_resumed_run_keeps_its_masks(tmp_path: Path) -> None:
+    def fit(steps: int, path: Path | None = None) -> boring.Boring:
+        pl.seed_everything(0, verbose=False)
+        module = boring.Boring()
+        run = boring.trainer(tmp_path, [sparse(score="snip", batches=2)], max_steps=steps)
+        run.fit(module, boring.data(), ckpt_path=path)
+        if path is None and steps < 6:
+            run.save_checkpoint(tmp_path / "half.ckpt")
+        return module
+
+    whole = fit(6)
+    fit(3)
+    resumed = fit(6, tmp_path / "half.ckpt")
+    assert len(resumed.losses) == 3
+    assert boring.largest_difference(boring.tensors(whole), boring.tensors(resumed)) == 0
+
+
+def test_without_a_trainer_batches_are_given_by_hand() -> None:
+    net = zoo.build("bert")
+    method = sparse(score="snip", sparsity=0.75)
+    method.apply(net)
+    assert all(mask.all() for mask, _ in kept(net))
+    net.train()
+    batch = {**zoo.inputs("bert"), "labels": torch.tensor([0, 2])}
+    before = torch.get_rng_state()
+    assert method.calibrate(net, [batch, batch]) == 2
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(m.training for m in net.modules())
+    assert all(p.grad is None for p in net.parameters())
+    assert sum(int(m.sum()) for m, _ in kept(net)) == round(0.25 * sum(m.numel() for m, _ in kept(net)))
+    with pytest.raises(CalibrationError, match="no loss with a gradient"):
+        method.calibrate(net, [zoo.inputs("bert")])
+    with pytest.raises(FieldError, match="needs no data"):
+        sparse().calibrate(net, [batch])
+
+
+@pytest.mark.parametrize("score", ["snip", "grasp", "magnitude", "synflow"])
+def test_a_start_at_zero_cannot_be_scored(score: str) -> None:
+    """W_up = 0: its own entries have no magnitude, and no gradient reaches W_dn."""
+    net = zoo.build("bert")
+    method = sparse(score=score, settings={"bottleneck": 4, "init": "zero"})
+    batch = {**zoo.inputs("bert"), "labels": torch.tensor([0, 2])}
+
+    def prune() -> None:
+        method.apply(net)
+        method.calibrate(net, [batch])
+
+    with pytest.raises(CalibrationError, match="nothing but zeros.*or choose score='random'"):
+        prune()
+    chance = sparse(score="random", settings={"bottleneck": 4, "init": "zero"}, label="chance")
+    other = zoo.build("bert")
+    chance.apply(other)
+    assert torch.equal(output(other, "bert"), output(zoo.build("bert"), "bert"))
+    shares = torch.tensor([float(mask.float().mean()) for mask, _ in kept(other)])
+    assert (shares - 0.5).abs().max() < 0.15
+
+
+@pytest.mark.parametrize(
+    ("over", "settings", "score"),
+    [
+        ("parallel", {"bottleneck": 4}, "synflow"),
+        ("compacter", {"bottleneck": 8}, "magnitude"),
+        ("lora", {"rank": 4, "targets": "q,v"}, "random"),
+        ("phm", {"bottleneck": 8}, "snip"),
+    ],
+)
+def test_over_other_adapters(over: str, settings: Any, score: str, tmp_path: Path) -> None:
+    net = zoo.build("bert")
+    method = SparseAdapter(over=over, settings=settings, score=score, sparsity=0.5)
+    method.apply(net)
+    if score == "snip":
+        method.calibrate(net, [{**zoo.inputs("bert"), "labels": torch.tensor([0, 2])}])
+    own = {id(p): (mask, p) for mask, p in kept(net)}
+    assert sum(int(m.sum()) for m, _ in own.values()) == round(0.5 * sum(m.numel() for m, _ in own.values()))
+    perturb(net)
+    save_adapter(net, tmp_path / "a")
+    other = zoo.build("bert")
+    load_adapter(other, tmp_path / "a")
+    assert torch.equal(output(other, "bert"), output(net, "bert"))
+    assert all(not p[~mask].any() for mask, p in kept(other))
+    rules = {id(mask): mask for (mask, p) in kept(net) if over == "compacter" and p.shape == (4, 4, 4)}
+    assert all(torch.equal(mask, next(iter(rules.values()))) for mask in rules.values())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"over": "nope"}, "no such method"),
+        ({"over": "sparse_adapter"}, "no such method"),
+        ({"over": "mam", "settings": {}}, "several methods in one"),
+        ({"over": "adamix"}, "extra_loss"),
+        ({"over": "bitfit", "settings": {}}, "more than adapters"),
+        ({"over": "ia3", "settings": {}, "large": 2}, "no bottleneck and no rank"),
+        ({"sparsity": 1.0}, "a probability"),
+        ({"batches": 0}, "above 0"),
+    ],
+)
+def test_what_cannot_be_pruned(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(FieldError, match=message):
+        sparse(**{"settings": {"bottleneck": 4}, **fields})
+    with pytest.raises(FieldError, match="no matrix to prune"):
+        sparse(over="ia3", settings={}).apply(zoo.build("bert"))
+
+
+def test_settings_come_from_a_configuration() -> None:
+    config = schema(SparseAdapter)
+    config.settings = {"bottleneck": 12, "activation": "relu"}
+    config.score = "random"
+    method = hydra.utils.instantiate(config)
+    net = method.apply(zoo.build("bert"))
+    assert {(len(a.inner.down), a.inner.activation) for a in pruned(net)} == {(12, "relu")}

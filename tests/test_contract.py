@@ -57,6 +57,7 @@ RANDOM = {
     "pfeiffer",
     "adamix",
     "phm",
+    "sparse_adapter",
     "compacter",
     "compacter_pp",
     "corda",

@@ -56,7 +56,7 @@ def test_a_base_that_differs_between_ranks_is_an_error(tmp_path: Path) -> None:
         run(tmp_path, "unequal", 2)
 
 
-SHARING = "vera,randlora,fourierft,vb_lora,tied_lora,nola,lora_fa,shira,delora,eva,corda,lora_ga,adamix,compacter"
+SHARING = "vera,randlora,fourierft,vb_lora,tied_lora,nola,lora_fa,shira,delora,eva,corda,lora_ga,adamix,compacter,sparse_adapter"
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -96,6 +96,10 @@ class Adapter(nn.Module):
     def penalty(self) -> Tensor | None:
         """A scalar that is added to the loss of each optimizer step; None for none."""
         return None
+
+    def counted(self) -> Iterable[tuple[nn.Parameter, int]]:
+        """Parameters of which only some entries take part, and how many."""
+        return ()
 
     def collapsed(self) -> dict[str, Tensor]:
         """The tensors that go into an adapter file; a reparametrised adapter gives what it stands for."""

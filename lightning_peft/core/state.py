@@ -529,6 +529,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     total = sum(sizes.values())
     base = sum(size for key, size in sizes.items() if key not in adapters)
     partly = {id(p): int(mask.sum()) for p, mask in masked(model)}
+    partly |= {id(p): count for a in all_applied(model) for x in a.placements for p, count in x.adapter.counted()}
     count = sum(partly.get(key, p.numel()) for key, p in mine.items())
     return {
         "sites": sum(len(a.placements) for a in all_applied(model)),
@@ -558,6 +559,7 @@ def table(model: nn.Module) -> str:
         roles = Counter(p.role or "pattern" for p in applied.placements if any(True for _ in p.adapter.parameters()))
         places = ", ".join(f"{role} {count}" for role, count in roles.items()) or "-"
         adapters = {id(p): p.numel() for x in applied.placements for p in x.adapter.parameters()}
+        adapters |= {id(p): count for x in applied.placements for p, count in x.adapter.counted()}
         base, heads = (sum(_count(s) for s in applied.selected if s.head is head) for head in (False, True))
         counts = (f"{n:,}" for n in (sum(adapters.values()), base, heads))
         rows.append((label, applied.method.info.name, places, *counts))

@@ -63,6 +63,7 @@ from lightning_peft.methods.remora import ReMoRA
 from lightning_peft.methods.road import RoAd
 from lightning_peft.methods.said import DID, SAID
 from lightning_peft.methods.shira import SHiRA
+from lightning_peft.methods.sparse_adapter import SparseAdapter
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.tied_lora import TiedLoRA
 from lightning_peft.methods.trainable_tokens import TrainableTokens
@@ -79,6 +80,7 @@ __all__ = [
     "AdaptFormer",
     "Bapna",
     "Pfeiffer",
+    "SparseAdapter",
     "AdaMix",
     "PHMAdapter",
     "CompacterPP",

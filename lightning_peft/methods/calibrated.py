@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,22 +50,8 @@ class CalibratedLoRA(StartedLoRA):
         super().on_train_start(trainer, pl_module)
         if all(adapter.settled for adapter in self.watched(pl_module)):
             return
-        if not pl_module.automatic_optimization:
-            raise LifeCycleError(
-                f"{type(self).__name__} takes its start from training_step, and this one makes optimizer steps of its "
-                "own (automatic_optimization=False). Call calibrate(module, batches, run) before fit, with a run(batch,"
-                " index) that gives the loss."
-            )
-        loader: Any = trainer.train_dataloader
-        if isinstance(loader, (dict, list, tuple)):
-            raise LifeCycleError(
-                f"{type(self).__name__} takes its start from one training dataloader, and this run has {len(loader)}. "
-                "Call calibrate(module, batches) before fit."
-            )
-        with isolate_rng():
-            given = (as_in_training(trainer, pl_module, b) for b in itertools.islice(loader, self.batches))
-            with trainer.precision_plugin.train_step_context():
-                self.calibrate(pl_module, given)
+        with training_batches(self, trainer, pl_module) as given:
+            self.calibrate(pl_module, given)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -75,6 +62,25 @@ class CalibratedLoRA(StartedLoRA):
         """The adapters of this method on a model."""
         applied = None if model is None else state.applied_to(model).get(self.name_on_model)
         return [] if applied is None else list(adapters_of(applied.placements).values())
+
+
+@contextmanager
+def training_batches(method: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterator[Any]]:
+    """The first `method.batches` as the loop would give them; what is drawn meanwhile is no part of the run."""
+    if not pl_module.automatic_optimization:
+        raise LifeCycleError(
+            f"{type(method).__name__} takes its start from training_step, and this one makes optimizer steps of its "
+            "own (automatic_optimization=False). Call calibrate(module, batches, run) before fit, with a run(batch, "
+            "index) that gives the loss."
+        )
+    loader: Any = trainer.train_dataloader
+    if isinstance(loader, (dict, list, tuple)):
+        raise LifeCycleError(
+            f"{type(method).__name__} takes its start from one training dataloader, and this run has {len(loader)}. "
+            "Call calibrate(module, batches) before fit."
+        )
+    with isolate_rng(), trainer.precision_plugin.train_step_context():
+        yield (as_in_training(trainer, pl_module, b) for b in itertools.islice(loader, method.batches))
 
 
 def adapters_of(placements: list[state.Placement]) -> dict[str, Watched]:
