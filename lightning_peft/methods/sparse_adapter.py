@@ -64,14 +64,10 @@ class SparseAdapter(PEFT, name="sparse_adapter", family="additive", paper="2210.
         if self.large > 1:
             fields |= self.widened(cls)
         inner = cls(**fields)
-        own = [name for c in cls.__mro__ if issubclass(c, PEFT) and c is not PEFT for name in vars(c)]
-        hooks = [name for name in own if name.startswith("on_") or name in ("extra_loss", "state_dict")]
-        selects = cls.select is not Method.select and inner.scope != "nothing"
-        if inner.parts() or hooks or selects:
+        if more := more_than_adapters(cls, inner):
             raise FieldError(
-                f"SparseAdapter(over={self.over!r}): {cls.__name__} is more than adapters "
-                f"({', '.join(hooks) or 'several methods in one, or weights of the base'}), which pruning would not follow. Choose a method of "
-                "adapters alone, such as houlsby, parallel or compacter."
+                f"SparseAdapter(over={self.over!r}): {cls.__name__} is more than adapters ({more}), which pruning would "
+                "not follow. Choose a method of adapters alone, such as houlsby, parallel or compacter."
             )
         return inner
 
@@ -128,3 +124,12 @@ def started(cls: type[Method]) -> dict[str, str]:
     """A start away from zero, where the method has a choice."""
     choices = get_args(get_type_hints(cls).get("init"))
     return {"init": next(c for c in choices if c != "zero")} if "zero" in choices else {}
+
+
+def more_than_adapters(cls: type[Method], inner: Method) -> str:
+    """What a method does beside its adapters."""
+    own = [name for c in cls.__mro__ if issubclass(c, PEFT) and c is not PEFT for name in vars(c)]
+    hooks = [name for name in own if name.startswith("on_") or name in ("extra_loss", "state_dict")]
+    several = ["several methods in one"] if inner.parts() else []
+    selects = ["weights of the base"] if cls.select is not Method.select and inner.scope != "nothing" else []
+    return ", ".join(hooks + several + selects)
