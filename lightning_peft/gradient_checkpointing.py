@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from lightning_peft.core.adapter import Route, unlink
+from lightning_peft.core.adapter import Route, adapters_of, unlink
 from lightning_peft.core.sites import Site, TargetError, sites
 
 log = logging.getLogger("lightning_peft")
@@ -58,7 +58,7 @@ class Recompute(Route):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.base()
-        if not (self.on and self.module.training and torch.is_grad_enabled()):
+        if not (self.on and self.module.training and torch.is_grad_enabled()) or apart(self.module):
             return run(*args, **kwargs)
         if has_own(self.module):
             return run(*reachable(self.module, args), **kwargs)
@@ -82,6 +82,11 @@ def named(run: Callable[..., Any], names: tuple[str, ...], *values: Any) -> Any:
 
 
 # ------------------------------------------------------------------ what would go wrong in a second run
+def apart(module: nn.Module) -> bool:
+    """Whether the block runs without gradients beside a side network, and keeps nothing anyway."""
+    return any(adapter.apart and adapter.cell.on for adapter in adapters_of(module))
+
+
 def without_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     """The call without its KV cache, which a second run would extend again; None where the cache must be read.
 

@@ -100,6 +100,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "randlora": {"rank": 7, "alpha": 14.0, "targets": "q,k,v,down"},
     "qalora": {"rank": 3, "group": 4, "alpha": 2},
     "trainable_tokens": {"tokens": [13, 12, 4, 8]},
+    "lst": {"reduction": 4},
 }
 
 # what a model needs beside them: no table knows the names of the plain module
@@ -160,6 +161,7 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "compacter_pp": {"targets": "mlp,lora"},
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
     "qalora": {"targets": "mlp,lora"},
+    "lst": {"targets": "mlp,lora"},
 }
 MLP_HEADS = {"heads": "out"}
 
@@ -280,6 +282,7 @@ QUICK = {
     "randlora": ("t5", "gpt2"),
     "qalora": ("gpt2", "llama", "t5", "encoder"),
     "trainable_tokens": ("gpt2", "t5", "encoder"),
+    "lst": ("llama", "t5"),
 }
 
 

@@ -91,6 +91,7 @@ RANDOM = {
     "randlora",
     "nola",
     "qalora",
+    "lst",
 }  # have random initial tensors
 IN_PLACE = {
     "bitfit",

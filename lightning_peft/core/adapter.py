@@ -47,6 +47,7 @@ class Adapter(nn.Module):
     follows_dtype = False  # dtype="base": cast with the model
     mirrors = False  # its weight is tied to that of another adapter of the label, which folds the change of both
     absorbed = False  # the base's codes were made for it (`compensate`), and are not the base's without it
+    apart = False  # what it is attached to runs without gradients: there is nothing to compute again in backward
     folds_norms = False  # `fold` takes the gain and bias of a norm, too, as one row (1, d) and (d,)
     cell: Cell
     place: nn.Module  # what it is attached to; there while it is attached, and no child

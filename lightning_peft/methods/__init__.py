@@ -42,6 +42,7 @@ from lightning_peft.methods.lora_fa import LoRAFA
 from lightning_peft.methods.lora_ga import LoRAGA
 from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.lqlora import LQLoRA
+from lightning_peft.methods.lst import LST
 from lightning_peft.methods.mam import MAM
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.mora import MoRA
@@ -112,6 +113,7 @@ __all__ = [
     "LinearProbe",
     "LlamaAdapter",
     "LlamaAdapterV2",
+    "LST",
     "LoHa",
     "LoKr",
     "LoRA",

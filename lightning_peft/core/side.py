@@ -1,0 +1,294 @@
+"""Side networks: a small network beside the frozen one, which reads its states and never sends a gradient into it.
+
+The blocks of the base run without gradients and note what they return (`Tap`). The side network is made of the class
+that the base is made of, from its configuration with all widths divided, or of torch's encoder layer, or of a plain
+small block (`Plain`) where neither is there.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, Route
+from lightning_peft.core.sites import Site, TargetError
+
+# keys of configurations: what is divided, and what counts layers
+WIDTHS = (
+    "hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "hidden_dim", "head_dim",
+    "d_kv", "intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "rotary_dim",
+)  # fmt: skip
+DEPTHS = (
+    "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
+)  # fmt: skip
+SKIPPING = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+def first_of(out: Any) -> Tensor:
+    """The hidden states of what a block or a stack returns."""
+    return out if isinstance(out, Tensor) else out["last_hidden_state"] if isinstance(out, Mapping) else out[0]
+
+
+def with_first(out: Any, hidden: Tensor) -> Any:
+    """The same with other hidden states."""
+    if isinstance(out, Tensor):
+        return hidden
+    if isinstance(out, tuple):
+        return (hidden, *out[1:])
+    out["last_hidden_state"] = hidden
+    return out
+
+
+def given_to(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor of a call."""
+    return args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+
+
+class Tap(Adapter):
+    """Runs a block without gradients and notes what goes in and what comes out, until it is taken."""
+
+    apart = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = self.frozen(base, *args, **kwargs)
+        self.seen = given_to(args, kwargs).detach(), first_of(out)
+        return out
+
+    def frozen(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the base gives, with no graph; the checkpointing of transformers has nothing to keep here."""
+        checkpointed = vars(self.place).get("gradient_checkpointing") is True
+        if checkpointed:
+            self.place.gradient_checkpointing = False  # type: ignore[assignment]
+        try:
+            with torch.no_grad():
+                return base(*args, **kwargs)
+        finally:
+            if checkpointed:
+                self.place.gradient_checkpointing = True  # type: ignore[assignment]
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """What was noted, once."""
+        seen, self.seen = self.seen, None
+        if seen is None:
+            raise RuntimeError(
+                f"This {type(self.place).__name__} did not run in this forward, and a side network reads all blocks in "
+                "their order. Switch off what skips layers (layerdrop=0)."
+            )
+        return seen
+
+
+class Rung(Route):
+    """Around a block of the side network: block(mu s + (1 - mu) h), h (..., w) and the gate mu () of this forward."""
+
+    mixed: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.mixed is not None:
+            (gate, h), self.mixed = self.mixed, None
+            if args:
+                args = (gate * args[0] + (1 - gate) * h, *args[1:])
+            else:
+                name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+                kwargs[name] = gate * kwargs[name] + (1 - gate) * h
+        return self.base()(*args, **kwargs)
+
+
+# ------------------------------------------------------------------ what the side network is made of
+class Plain(nn.Module):
+    """s + Attention(LN s), then s + W_dn gelu(W_up LN s): of width w; without attention where `heads` is None."""
+
+    def __init__(self, width: int, inner: int, heads: int | None, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        if heads is not None:
+            self.norm1 = nn.LayerNorm(width)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, s: Tensor) -> Tensor:  # (batch, time, w) -> (batch, time, w)
+        if self.heads is not None:
+            q, k, v = self.qkv(self.norm1(s)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            s = s + self.proj(a.transpose(1, 2).flatten(2))
+        return s + self.down(F.gelu(self.up(self.norm2(s))))
+
+
+class Tower(nn.Module):
+    """Blocks one after the other, all called as the blocks of the base are, and a norm."""
+
+    def __init__(self, blocks: list[nn.Module], width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, s: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # (..., w) -> (..., w)
+        for block in self.blocks:
+            s = first_of(block(s, *args, **kwargs))
+        return self.norm(s)
+
+
+class Nothing(nn.Module):
+    """In place of an embedding: the states of the base hold it already."""
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros(())
+
+
+def shrunk(config: Any, by: int, kept: list[int], depth: int) -> Any:
+    """A configuration with all widths divided, and of the layers those that are kept."""
+    small = copy.deepcopy(config)
+    keys = {**vars(config), **dict.fromkeys(getattr(config, "attribute_map", {}))}
+    old = {key: getattr(config, key, None) for key in keys}
+    for key, value in old.items():
+        if key in WIDTHS and type(value) is int and value > 0:
+            setattr(small, key, max(1, value // by))
+        elif key in DEPTHS and type(value) is int:
+            setattr(small, key, len(kept))
+        elif key in SKIPPING:
+            setattr(small, key, 0.0)
+        elif isinstance(value, list) and len(value) == depth:
+            setattr(small, key, [value[i] for i in kept])
+    small.vocab_size = 1
+    if getattr(config, "pad_token_id", None) is not None:
+        small.pad_token_id = 0
+    return small
+
+
+def stack_of_class(kind: type[nn.Module], config: Any, path: str) -> nn.Module:
+    """A whole stack of transformers, its embeddings left out; `path` is where its blocks are."""
+    with torch.random.fork_rng(devices=[]):
+        stack = kind(config)
+    blocks = {id(m) for block in stack.get_submodule(path).children() for m in block.modules()}
+    for module in list(stack.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Embedding) and id(child) not in blocks:
+                setattr(module, name, Nothing())
+    return stack
+
+
+def tower_of_class(kind: type[nn.Module], config: Any, count: int, width: int) -> Tower:
+    """Blocks of a class of transformers."""
+    numbered = len(inspect.signature(kind.__init__).parameters) > 2
+    with torch.random.fork_rng(devices=[]):
+        blocks = [kind(config, i) if numbered else kind(config) for i in range(count)]
+        return Tower(blocks, width)
+
+
+def tower_of_torch(like: Any, by: int, count: int) -> Tower:
+    """Encoder layers of torch."""
+    width = like.self_attn.embed_dim // by
+    with torch.random.fork_rng(devices=[]):
+        blocks = [
+            type(like)(
+                width, like.self_attn.num_heads, max(1, like.linear1.out_features // by), like.dropout.p,
+                like.activation, like.norm1.eps, like.self_attn.batch_first, like.norm_first,
+                like.linear1.bias is not None,
+            ) for _ in range(count)
+        ]  # fmt: skip
+    for block in blocks:
+        block.activation_relu_or_gelu = 0  # no fused path, which the rungs would not be on
+    return Tower(blocks, width)
+
+
+def tower_of_plain(width: int, inner: int, heads: int | None, causal: bool, count: int) -> Tower:
+    with torch.random.fork_rng(devices=[]):
+        return Tower([Plain(width, inner, heads, causal) for _ in range(count)], width)
+
+
+def owner_name(site: Site) -> str:
+    """The module that holds the list of blocks which this one is in."""
+    return ".".join(site.name.split(".")[:-2])
+
+
+def recipe(owner: nn.Module, block: Site, width: int, by: int, kept: list[int]) -> tuple[bool, Callable[[], nn.Module]]:
+    """Whether the side network stands beside the whole stack `owner`, and what makes it; called again it makes another.
+
+    Only a whole stack knows the masks, rotations, position biases and caches that its blocks are given.
+    """
+    config, facts, depth = getattr(owner, "config", None), block.facts, block.layers or 0
+    heads = facts.heads if block.role == "block" else None
+    if heads and width % heads:
+        raise TargetError(
+            f"A side network of width {width} cannot have the {heads} heads of {block.name!r}. Choose a reduction that "
+            f"leaves a multiple of {heads}."
+        )
+    if config is not None and block.role == "block":
+        small = shrunk(config, by, kept, depth)
+        path = block.name.split(".")[-2]
+        if "inputs_embeds" in inspect.signature(type(owner).forward).parameters:
+            return True, partial(stack_of_class, type(owner), small, path)
+        return False, partial(tower_of_class, type(block.module), small, len(kept), width)
+    if isinstance(block.module, nn.TransformerEncoderLayer):
+        return False, partial(tower_of_torch, block.module, by, len(kept))
+    inner = 4 * width if heads is None else max(1, _inner(block) // by)
+    return False, partial(tower_of_plain, width, inner, heads, facts.causal is True, len(kept))
+
+
+def _inner(block: Site) -> int:
+    """The widest that a block gets."""
+    return max((m.out_features for m in block.module.modules() if isinstance(m, nn.Linear)), default=4)
+
+
+# ------------------------------------------------------------------ caches of transformers
+def behind(cache: Any, depth: int) -> Any:
+    """The part of a KV cache that belongs to the side network: its layers after the `depth` ones of the base.
+
+    They are in one cache, so that what reorders, repeats or crops one does so with the other.
+    """
+    if hasattr(cache, "cross_attention_cache"):
+        parts = cache.self_attention_cache, cache.cross_attention_cache
+        return type(cache)(*(_view(part, depth) for part in parts))
+    return _view(cache, depth)
+
+
+def _view(cache: Any, depth: int) -> Any:
+    if getattr(cache, "is_compileable", False) or not hasattr(cache, "layers"):
+        raise ValueError(
+            f"A side network keeps its keys in the model's cache, which here is a {type(cache).__name__}. Generate "
+            "with the default dynamic cache, or with use_cache=False."
+        )
+    view = type(cache)()
+    view.layers = list(cache.layers[depth:])
+    return view
+
+
+def keep(cache: Any, view: Any, depth: int) -> None:
+    """Put the layers of a view where `behind` finds them."""
+    if hasattr(cache, "cross_attention_cache"):
+        keep(cache.self_attention_cache, view.self_attention_cache, depth)
+        keep(cache.cross_attention_cache, view.cross_attention_cache, depth)
+    else:
+        cache.layers = [*cache.layers[:depth], *view.layers]
+
+
+def check_in_step(cache: Any, view: Any, now: int) -> None:
+    """Raise where a cache holds positions that the side network has not seen."""
+    if int(cache.get_seq_length()) != int(view.get_seq_length()) + now:
+        raise ValueError(
+            f"This cache holds {int(cache.get_seq_length()) - now} positions of the base and "
+            f"{int(view.get_seq_length())} of the side network: it was filled while the method was off. Begin with an "
+            "empty cache."
+        )
+
+
+def quiet(side: nn.Module) -> Iterator[nn.Module]:
+    """Turn off in the side network what transformers turned on in all modules: checkpointing, recording of states."""
+    for module in side.modules():
+        if vars(module).get("gradient_checkpointing") is True:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "output_capturing_hook":
+                del module._forward_hooks[key]
+        yield module
