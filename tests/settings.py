@@ -196,6 +196,11 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning_v2", "pissa"}
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average
 COLLAPSED = {"adamix", "corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa"}
+COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa"}
+# which start from what the base's weights are, in floats or in codes
+FROM_WEIGHTS = {"lst"}
+# which put states of their own in place of the base's: of two the outermost counts, where the blocks are all they read
+IN_PLACE_OF_STATES = {"lst"}
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only

@@ -26,7 +26,7 @@ from harness import (
     tensors,
     train,
 )
-from settings import COLLAPSED, HEADED, MODELS, QUICK, RAISES, SETTINGS, UNMERGEABLE, adapted, make
+from settings import COLLAPSED, HEADED, IN_PLACE_OF_STATES, MODELS, QUICK, RAISES, SETTINGS, UNMERGEABLE, adapted, make
 from torch import Tensor, nn
 
 from lightning_peft.core import state
@@ -349,6 +349,8 @@ def test_save_and_load_into_a_fresh_base(
     assert not any(p.requires_grad for p in fresh.parameters())
     if name in COLLAPSED:
         close(output(fresh, model), output(net, model), 1e-5)
+    elif (name, model) == ("lst", "encoder"):  # torch's attention takes another kernel where its weights train
+        close(output(fresh, model), output(net, model), 1e-6)
     else:
         assert torch.equal(output(fresh, model), output(net, model))
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"adapter.json", "adapter.safetensors"}
@@ -455,7 +457,7 @@ def test_two_labels_of_one_method_and_switching(name: str, model: str) -> None:
     with first.enabled(net, False):
         torch.testing.assert_close(output(net, model), alone["second"], atol=0, rtol=0)
     assert not torch.equal(both, alone["first"])
-    assert not torch.equal(both, alone["second"])
+    assert name in IN_PLACE_OF_STATES or not torch.equal(both, alone["second"])
     first.remove(net)
     torch.testing.assert_close(output(net, model), alone["second"], atol=0, rtol=0)
     second.remove(net)

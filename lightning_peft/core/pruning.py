@@ -191,7 +191,9 @@ def whole(base: nn.Module, name: str) -> Tensor | None:
 
 
 # ------------------------------------------------------------------ what entries matter, from data
-def fisher(model: nn.Module, modules: Iterable[nn.Module], batches: Iterable[Any], run: Run) -> tuple[dict[int, Tensor], int]:
+def fisher(
+    model: nn.Module, modules: Iterable[nn.Module], batches: Iterable[Any], run: Run
+) -> tuple[dict[int, Tensor], int]:
     """id of a parameter -> the sum over batches of its squared gradient (d loss / d w)^2, and how many batches.
 
     Parameters in codes have none. Flags and gradients of the model stay as they are; everything is in eval mode.

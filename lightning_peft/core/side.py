@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, Route
-from lightning_peft.core.sites import Site, TargetError
+from lightning_peft.core.sites import Site, Sites, TargetError
 
 # keys of configurations: what is divided, and what counts layers
 WIDTHS = (
@@ -102,6 +102,22 @@ class Rung(Route):
                 name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
                 kwargs[name] = gate * kwargs[name] + (1 - gate) * h
         return self.base()(*args, **kwargs)
+
+
+# ------------------------------------------------------------------ which blocks
+def grouped(sites: Sites) -> dict[str, list[Site]]:
+    """The chosen sites by stack; those that are no blocks are one."""
+    stacks: dict[str, list[Site]] = {}
+    for site in sites:
+        stacks.setdefault(site.stack if site.role == "block" else "", []).append(site)
+    return stacks
+
+
+def every_block(sites: Sites, chosen: list[Site]) -> list[Site]:
+    """All blocks of the stack; of sites that are no blocks those that were chosen."""
+    if chosen[0].role != "block":
+        return chosen
+    return [s for s in sites.known if s.role == "block" and s.stack == chosen[0].stack]
 
 
 # ------------------------------------------------------------------ what the side network is made of
@@ -242,35 +258,31 @@ def _inner(block: Site) -> int:
 
 
 # ------------------------------------------------------------------ caches of transformers
-def behind(cache: Any, depth: int) -> Any:
-    """The part of a KV cache that belongs to the side network: its layers after the `depth` ones of the base.
+def behind(cache: Any, start: int, count: int) -> Any:
+    """The part of a KV cache that belongs to a side network: `count` layers from `start`, after those of the base.
 
     They are in one cache, so that what reorders, repeats or crops one does so with the other.
     """
     if hasattr(cache, "cross_attention_cache"):
         parts = cache.self_attention_cache, cache.cross_attention_cache
-        return type(cache)(*(_view(part, depth) for part in parts))
-    return _view(cache, depth)
-
-
-def _view(cache: Any, depth: int) -> Any:
+        return type(cache)(*(behind(part, start, count) for part in parts))
     if getattr(cache, "is_compileable", False) or not hasattr(cache, "layers"):
         raise ValueError(
             f"A side network keeps its keys in the model's cache, which here is a {type(cache).__name__}. Generate "
             "with the default dynamic cache, or with use_cache=False."
         )
     view = type(cache)()
-    view.layers = list(cache.layers[depth:])
+    view.layers = list(cache.layers[start : start + count])
     return view
 
 
-def keep(cache: Any, view: Any, depth: int) -> None:
+def keep(cache: Any, view: Any, start: int, count: int) -> None:
     """Put the layers of a view where `behind` finds them."""
     if hasattr(cache, "cross_attention_cache"):
-        keep(cache.self_attention_cache, view.self_attention_cache, depth)
-        keep(cache.cross_attention_cache, view.cross_attention_cache, depth)
+        keep(cache.self_attention_cache, view.self_attention_cache, start, count)
+        keep(cache.cross_attention_cache, view.cross_attention_cache, start, count)
     else:
-        cache.layers = [*cache.layers[:depth], *view.layers]
+        cache.layers = [*cache.layers[:start], *view.layers, *cache.layers[start + count :]]
 
 
 def check_in_step(cache: Any, view: Any, now: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.callback import PEFT, LifeCycleError
 from lightning_peft.core import side as beside
 from lightning_peft.core import state
-from lightning_peft.core.adapter import Adapter, insert
+from lightning_peft.core.adapter import Adapter, insert, inside
 from lightning_peft.core.calibration import Run, plain_run
 from lightning_peft.core.fields import FieldError, positive
 from lightning_peft.core.init import Draw
@@ -110,7 +110,9 @@ class Ladder(Tap):
         cache = getattr(out, "past_key_values", None)
         cache = call.get("past_key_values") if cache is None else cache
         call = {name: value for name, value in call.items() if name not in DROPPED} | {"inputs_embeds": s}
-        view = None if cache is None else beside.behind(cache, self.rail.depth)
+        inner = [a for a in inside(self) if isinstance(a, Ladder)]  # of other labels: their layers come before
+        mine = self.rail.depth + sum(len(a.rail.kept) for a in inner), len(self.rail.kept)
+        view = None if cache is None else beside.behind(cache, *mine)
         if view is not None:
             beside.check_in_step(cache, view, s.shape[1])
         call |= {"past_key_values": view} if "past_key_values" in names else {}
@@ -118,7 +120,7 @@ class Ladder(Tap):
         call |= {} if memory is None else {"encoder_hidden_states": self.read(memory)}
         found = first_of(self.side(**call))
         if view is not None:
-            beside.keep(cache, view, self.rail.depth)
+            beside.keep(cache, view, *mine)
         return found
 
     def extras(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -245,10 +247,10 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         ladders: dict[str, Ladder] = {}
-        stacks = grouped(sites)
+        stacks = beside.grouped(sites)
         feeding = {stack: encoder_of(stack, sites, stacks) for stack in stacks}
         for stack in sorted(stacks, key=lambda stack: feeding[stack] is not None):
-            blocks = every_block(sites, stacks[stack])
+            blocks = beside.every_block(sites, stacks[stack])
             owner = sites.model.get_submodule(beside.owner_name(blocks[-1]))
             check_stack(owner, blocks)
             rail = Rail(self, owner, blocks, self.kept(stacks[stack], blocks), parts_of(sites, blocks))
@@ -308,21 +310,6 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
         vars(self)["_resumed"] = True  # what is resumed has its start
 
 
-def grouped(sites: Sites) -> dict[str, list[Site]]:
-    """The chosen sites by stack; those that are no blocks are one."""
-    stacks: dict[str, list[Site]] = {}
-    for site in sites:
-        stacks.setdefault(site.stack if site.role == "block" else "", []).append(site)
-    return stacks
-
-
-def every_block(sites: Sites, chosen: list[Site]) -> list[Site]:
-    """All blocks of the stack; of sites that are no blocks those that were chosen."""
-    if chosen[0].role != "block":
-        return chosen
-    return [s for s in sites.known if s.role == "block" and s.stack == chosen[0].stack]
-
-
 def parts_of(sites: Sites, blocks: list[Site]) -> list[Site]:
     names = {block.name for block in blocks if block.role == "block"}
     return [s for s in sites.known if s.block in names]
@@ -330,7 +317,7 @@ def parts_of(sites: Sites, blocks: list[Site]) -> list[Site]:
 
 def encoder_of(stack: str, sites: Sites, stacks: dict[str, list[Site]]) -> str | None:
     """The stack that this one's blocks attend to; None where they attend to themselves only."""
-    blocks = every_block(sites, stacks[stack])
+    blocks = beside.every_block(sites, stacks[stack])
     crosses = [s for s in parts_of(sites, blocks) if (s.role or "").startswith("cross.")]
     if not crosses:
         return None
