@@ -28,7 +28,12 @@ WIDTHS = (
 DEPTHS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers",
 )  # fmt: skip
-SKIPPING = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+# what a side network does without: skipped layers, and dropout of attention weights, (heads, time, time) of which
+# backward would keep however narrow it is
+ABSENT = (
+    "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "attention_probs_dropout_prob", "attention_dropout",
+    "attn_pdrop",
+)  # fmt: skip
 
 
 def first_of(out: Any) -> Tensor:
@@ -172,7 +177,7 @@ def shrunk(config: Any, by: int, kept: list[int], depth: int) -> Any:
             setattr(small, key, max(1, value // by))
         elif key in DEPTHS and type(value) is int:
             setattr(small, key, len(kept))
-        elif key in SKIPPING:
+        elif key in ABSENT:
             setattr(small, key, 0.0)
         elif isinstance(value, list) and len(value) == depth:
             setattr(small, key, [value[i] for i in kept])
@@ -214,6 +219,7 @@ def tower_of_torch(like: Any, by: int, count: int) -> Tower:
             ) for _ in range(count)
         ]  # fmt: skip
     for block in blocks:
+        block.self_attn.dropout = 0.0
         block.activation_relu_or_gelu = 0  # no fused path, which the rungs would not be on
     return Tower(blocks, width)
 

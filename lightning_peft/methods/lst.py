@@ -222,7 +222,8 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
     Side blocks: in transformers models of the model's own class, with all widths divided and the heads it has; so
     masks, rotations and position biases are the class's own, and its final norm is the side network's. Else torch's
     encoder layers, or plain pre-norm blocks (an MLP where the targets are no blocks), and a LayerNorm. There z takes
-    the place of what the last block returns. `drop`: layers of each stack without a side block. In an
+    the place of what the last block returns. Side blocks drop hidden states as the base does, but no attention weights,
+    which are as many as the base's and would be kept (the paper does not say). `drop`: layers of each stack without a side block. In an
     encoder-decoder the side decoder attends to the side encoder, whose states travel behind the encoder's own
     (encoder_last_hidden_state is d + w wide). With a KV cache the keys of the side network are layers of the same
     cache after those of the base, so that beams take both along.
