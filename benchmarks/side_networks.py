@@ -2,10 +2,10 @@
 
 A BERT of 12 layers with a classification head, random weights, one batch for all. Counted are the bytes of the distinct
 storages that a forward leaves for backward, without parameters and buffers, and what is trained. Nothing is timed, so
-the figures are the same on every machine. Twice: with dropout of attention weights in the base, where torch's kernel for
-the CPU keeps (heads, time, time) numbers more a layer, and without, where it keeps none, as kernels for GPUs do in
-both cases; LST draws none in its side network. The lower ratio counts. The paper's, on T5-base with GLUE: LST saves 69 % of the memory of full
-fine-tuning, LoRA and adapters 26 % (gradients and optimizer state included, which are not counted here).
+the figures are the same on every machine. Twice: with dropout of attention weights in the base, where torch's kernel
+for the CPU keeps (heads, time, time) numbers more a layer, and without, where it keeps none, as kernels for GPUs do in
+both cases; LST draws none in its side network. The lower ratio counts. The paper's figures, T5-base on GLUE: LST saves
+69 % of the memory of full fine-tuning, LoRA and adapters 26 %, with all that a step needs, which is not counted here.
 """
 
 import argparse

@@ -101,6 +101,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qalora": {"rank": 3, "group": 4, "alpha": 2},
     "trainable_tokens": {"tokens": [13, 12, 4, 8]},
     "lst": {"reduction": 4},
+    "attention_fusion": {"key": 6, "embeddings": True},
+    "lets": {"rank": 3, "targets": "q,v,down"},
 }
 
 # what a model needs beside them: no table knows the names of the plain module
@@ -162,6 +164,8 @@ MLP_TARGETS: dict[str, dict[str, Any]] = {
     "ia3": {"targets": "mlp,lora", "inputs": "lora"},
     "qalora": {"targets": "mlp,lora"},
     "lst": {"targets": "mlp,lora"},
+    "attention_fusion": {"targets": "mlp,lora"},
+    "lets": {"targets": "mlp,lora"},
 }
 MLP_HEADS = {"heads": "out"}
 
@@ -288,6 +292,8 @@ QUICK = {
     "qalora": ("gpt2", "llama", "t5", "encoder"),
     "trainable_tokens": ("gpt2", "t5", "encoder"),
     "lst": ("llama", "t5"),
+    "attention_fusion": ("gpt2", "t5"),
+    "lets": ("gpt2", "encoder"),
 }
 
 

@@ -92,6 +92,8 @@ RANDOM = {
     "nola",
     "qalora",
     "lst",
+    "attention_fusion",
+    "lets",
 }  # have random initial tensors
 IN_PLACE = {
     "bitfit",

@@ -12,7 +12,7 @@ from harness import perturb
 from settings import make
 from torch import Tensor, nn
 
-METHODS = ("prompt_tuning", "prefix_tuning", "lora", "ia3", "mam", "parallel", "lst")
+METHODS = ("prompt_tuning", "prefix_tuning", "lora", "ia3", "mam", "parallel", "lst", "attention_fusion")
 MODELS = ("llama", "gpt2", "t5")
 NEW = 8
 

@@ -125,6 +125,16 @@ def every_block(sites: Sites, chosen: list[Site]) -> list[Site]:
     return [s for s in sites.known if s.role == "block" and s.stack == chosen[0].stack]
 
 
+def check_stack(model: nn.Module, blocks: list[Site]) -> None:
+    """Raise where blocks differ in width or run more than once."""
+    repeats = getattr(configuration(model, blocks[0]), "num_hidden_groups", None)
+    if repeats is not None and blocks[0].role == "block":
+        raise TargetError(f"The blocks at {blocks[0].name!r} are shared by several layers; a side network needs each.")
+    widths = {site.out_features for site in blocks} if blocks[0].role != "block" else {0}
+    if len(widths) > 1:
+        raise TargetError(f"A side network needs states of one width, and {[b.name for b in blocks]} have {widths}.")
+
+
 # ------------------------------------------------------------------ what the side network is made of
 class Plain(nn.Module):
     """s + Attention(LN s), then s + W_dn gelu(W_up LN s): of width w; without attention where `heads` is None."""
@@ -174,7 +184,7 @@ def shrunk(config: Any, by: int, kept: list[int], depth: int) -> Any:
     old = {key: getattr(config, key, None) for key in keys}
     for key, value in old.items():
         if key in WIDTHS and type(value) is int and value > 0:
-            setattr(small, key, max(1, value // by))
+            setattr(small, key, max(1, value // by) if key != "rotary_dim" else max(2, value // by // 2 * 2))
         elif key in DEPTHS and type(value) is int:
             setattr(small, key, len(kept))
         elif key in ABSENT:
@@ -234,28 +244,41 @@ def owner_name(site: Site) -> str:
     return ".".join(site.name.split(".")[:-2])
 
 
-def recipe(owner: nn.Module, block: Site, width: int, by: int, kept: list[int]) -> tuple[bool, Callable[[], nn.Module]]:
-    """Whether the side network stands beside the whole stack `owner`, and what makes it; called again it makes another.
+def recipe(model: nn.Module, block: Site, width: int, by: int, kept: list[int]) -> tuple[bool, Callable[[], nn.Module]]:
+    """Whether the side network stands beside the whole stack, and what makes it; called again it makes another.
 
     Only a whole stack knows the masks, rotations, position biases and caches that its blocks are given.
     """
-    config, facts, depth = getattr(owner, "config", None), block.facts, block.layers or 0
-    heads = facts.heads if block.role == "block" else None
-    if heads and width % heads:
-        raise TargetError(
-            f"A side network of width {width} cannot have the {heads} heads of {block.name!r}. Choose a reduction that "
-            f"leaves a multiple of {heads}."
-        )
+    owner, config = model.get_submodule(owner_name(block)), configuration(model, block)
+    heads = block.facts.heads if block.role == "block" else None
+    if heads is not None:
+        check_heads(owner, block, width, heads)
     if config is not None and block.role == "block":
-        small = shrunk(config, by, kept, depth)
-        path = block.name.split(".")[-2]
+        small = shrunk(config, by, kept, block.layers or 0)
         if "inputs_embeds" in inspect.signature(type(owner).forward).parameters:
-            return True, partial(stack_of_class, type(owner), small, path)
+            return True, partial(stack_of_class, type(owner), small, block.name.split(".")[-2])
         return False, partial(tower_of_class, type(block.module), small, len(kept), width)
     if isinstance(block.module, nn.TransformerEncoderLayer):
         return False, partial(tower_of_torch, block.module, by, len(kept))
     inner = 4 * width if heads is None else max(1, _inner(block) // by)
-    return False, partial(tower_of_plain, width, inner, heads, facts.causal is True, len(kept))
+    return False, partial(tower_of_plain, width, inner, heads, block.facts.causal is True, len(kept))
+
+
+def configuration(model: nn.Module, block: Site) -> Any:
+    """The configuration nearest above a block, where there is one."""
+    parts = block.name.split(".")
+    above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) - 1, -1, -1)]
+    return next((found for m in above if hasattr(found := getattr(m, "config", None), "to_dict")), None)
+
+
+def check_heads(owner: nn.Module, block: Site, width: int, heads: int) -> None:
+    """Raise where the heads, of which there are as many as in the base, do not divide the width."""
+    rotated = any(name.endswith("inv_freq") for name, _ in owner.named_buffers())
+    if width % heads or (rotated and width // heads % 2):
+        raise TargetError(
+            f"A side network of width {width} cannot have the {heads} heads of {block.name!r}, each of "
+            f"{'an even' if rotated else 'a whole'} width. Choose another reduction."
+        )
 
 
 def _inner(block: Site) -> int:

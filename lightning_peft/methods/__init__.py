@@ -6,6 +6,7 @@ from lightning_peft.methods.adapterdrop import AdapterDrop
 from lightning_peft.methods.adaptformer import AdaptFormer
 from lightning_peft.methods.bapna import Bapna
 from lightning_peft.methods.adamix import AdaMix
+from lightning_peft.methods.attention_fusion import AttentionFusion
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
@@ -28,6 +29,7 @@ from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.invertible import Invertible
 from lightning_peft.methods.krona import KronA
 from lightning_peft.methods.krona_b import KronAB, KronABRes
+from lightning_peft.methods.lets import LeTS
 from lightning_peft.methods.linear_probe import LinearProbe
 from lightning_peft.methods.llama_adapter import LlamaAdapter
 from lightning_peft.methods.llama_adapter_v2 import LlamaAdapterV2
@@ -87,6 +89,7 @@ __all__ = [
     "CompacterPP",
     "Compacter",
     "AdaLoRA",
+    "AttentionFusion",
     "BOFT",
     "BitFit",
     "C3A",
@@ -114,6 +117,7 @@ __all__ = [
     "LlamaAdapter",
     "LlamaAdapterV2",
     "LST",
+    "LeTS",
     "LoHa",
     "LoKr",
     "LoRA",

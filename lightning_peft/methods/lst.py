@@ -190,7 +190,7 @@ class Ladder(Tap):
 class Rail:
     """What one stack of blocks and its side network have to know of each other."""
 
-    def __init__(self, method: LST, owner: nn.Module, blocks: list[Site], kept: list[int], parts: list[Site]) -> None:
+    def __init__(self, method: LST, model: nn.Module, blocks: list[Site], kept: list[int], parts: list[Site]) -> None:
         self.blocks, self.kept, self.parts, self.depth = blocks, kept, parts, len(blocks)
         self.init, self.temperature = method.init, method.temperature
         last = blocks[-1]
@@ -203,7 +203,7 @@ class Rail:
         self.width, self.small = width, width // method.reduction
         self.given = width if last.role == "block" else blocks[0].in_features
         self.feeds = False
-        self.whole, self.make = beside.recipe(owner, last, self.small, method.reduction, kept)
+        self.whole, self.make = beside.recipe(model, last, self.small, method.reduction, kept)
         self.path = last.name.split(".")[-2] if self.whole else "blocks"
         self.plain = not self.whole and getattr(self.make, "func", None) is beside.tower_of_plain
         self.passes = not self.plain
@@ -222,11 +222,11 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
     Side blocks: in transformers models of the model's own class, with all widths divided and the heads it has; so
     masks, rotations and position biases are the class's own, and its final norm is the side network's. Else torch's
     encoder layers, or plain pre-norm blocks (an MLP where the targets are no blocks), and a LayerNorm. There z takes
-    the place of what the last block returns. Side blocks drop hidden states as the base does, but no attention weights,
-    which are as many as the base's and would be kept (the paper does not say). `drop`: layers of each stack without a side block. In an
-    encoder-decoder the side decoder attends to the side encoder, whose states travel behind the encoder's own
-    (encoder_last_hidden_state is d + w wide). With a KV cache the keys of the side network are layers of the same
-    cache after those of the base, so that beams take both along.
+    the place of what the last block returns. Side blocks drop hidden states as the base does, but no attention
+    weights, which are as many as the base's and would be kept (the paper does not say). `drop`: layers of each stack
+    without a side block. In an encoder-decoder the side decoder attends to the side encoder, whose states travel behind
+    the encoder's own (encoder_last_hidden_state is d + w wide). With a KV cache the keys of the side network are layers
+    of the same cache after those of the base, so that beams take both along.
 
     init: "magnitude" or "fisher" cut the side blocks from the base's: the features of the stream, of each head, and of
     each feed-forward layer that matter most, by |w| or by (d loss / d w)^2 over `batches` batches of the training
@@ -253,8 +253,8 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
         for stack in sorted(stacks, key=lambda stack: feeding[stack] is not None):
             blocks = beside.every_block(sites, stacks[stack])
             owner = sites.model.get_submodule(beside.owner_name(blocks[-1]))
-            check_stack(owner, blocks)
-            rail = Rail(self, owner, blocks, self.kept(stacks[stack], blocks), parts_of(sites, blocks))
+            beside.check_stack(sites.model, blocks)
+            rail = Rail(self, sites.model, blocks, self.kept(stacks[stack], blocks), parts_of(sites, blocks))
             rail.feeds = stack in feeding.values()
             source = ladders[str(feeding[stack])] if feeding[stack] is not None else None
             check_pair(rail, source, stack)
@@ -329,16 +329,6 @@ def encoder_of(stack: str, sites: Sites, stacks: dict[str, list[Site]]) -> str |
             "network is not there. Known: models with an encoder and a decoder, both among the targets."
         )
     return encoder
-
-
-def check_stack(owner: nn.Module, blocks: list[Site]) -> None:
-    """Raise where blocks differ in width or run more than once."""
-    repeats = getattr(getattr(owner, "config", None), "num_hidden_groups", None)
-    if repeats is not None and blocks[0].role == "block":
-        raise TargetError(f"The blocks at {blocks[0].name!r} are shared by several layers; a side network needs each.")
-    widths = {site.out_features for site in blocks} if blocks[0].role != "block" else {0}
-    if len(widths) > 1:
-        raise TargetError(f"A side network needs states of one width, and {[b.name for b in blocks]} have {widths}.")
 
 
 def check_pair(rail: Rail, source: Ladder | None, stack: str) -> None:
