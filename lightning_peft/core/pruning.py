@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_peft.core.architectures import features, is_conv1d, is_linear
-from lightning_peft.core.calibration import CalibrationError, Run
+from lightning_peft.core.calibration import CalibrationError, Run, distributed, on_any_rank
 from lightning_peft.core.projection import base_weight
 from lightning_peft.core.sites import Site
 
@@ -214,8 +215,12 @@ def fisher(
             p.requires_grad_(flag)
         for module, mode in modes.items():
             module.training = mode
-    if not total:
+    if on_any_rank([] if total else ["none"]):
         raise CalibrationError(f"{count} batches gave no gradient to the blocks. Give batches with labels.")
+    if distributed():
+        for key, p in chosen.items():
+            total[key] = total.get(key, torch.zeros_like(p, dtype=torch.float32))
+            dist.all_reduce(total[key])
     return total, count
 
 

@@ -187,13 +187,13 @@ def shrunk(config: Any, by: int, kept: list[int], depth: int) -> Any:
             setattr(small, key, max(1, value // by) if key != "rotary_dim" else max(2, value // by // 2 * 2))
         elif key in DEPTHS and type(value) is int:
             setattr(small, key, len(kept))
+        elif key.endswith("token_id") and type(value) is int:
+            setattr(small, key, 0)  # of the one token that there is
         elif key in ABSENT:
             setattr(small, key, 0.0)
         elif isinstance(value, list) and len(value) == depth:
             setattr(small, key, [value[i] for i in kept])
-    small.vocab_size = 1
-    if getattr(config, "pad_token_id", None) is not None:
-        small.pad_token_id = 0
+    small.vocab_size = 1  # there is nothing to embed
     return small
 
 

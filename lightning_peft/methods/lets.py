@@ -120,13 +120,13 @@ class Aggregator(Adapter):
         draw.zeros(self.out)
 
     def forward(self, base: Callable[..., Tensor], x: Tensor) -> Tensor:  # (batch, d) or (batch, time, d)
-        features = torch.stack([tap.seen for tap in self.taps if tap.seen is not None], 1)
+        features = [tap.seen for tap in self.taps if tap.seen is not None]
         for tap in self.taps:
             tap.seen = None
-        if features.shape[1] != len(self.taps):
-            raise RuntimeError(f"{len(self.taps)} layers are aggregated, and {features.shape[1]} ran before the head.")
+        if len(features) != len(self.taps):
+            raise RuntimeError(f"{len(self.taps)} layers are aggregated, and {len(features)} ran before the head.")
         with torch.autocast(x.device.type, enabled=False):
-            _, (last, _) = self.lstm(features.to(self.out.dtype))
+            _, (last, _) = self.lstm(torch.stack(features, 1).to(self.out.dtype))
             change = F.linear(torch.cat([last[0], last[1]], -1), self.out).to(x.dtype)
         return base(x + (change if x.dim() < 3 else change[:, None]))
 

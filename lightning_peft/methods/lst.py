@@ -33,6 +33,8 @@ DROPPED = ("input_ids", "inputs_embeds", "token_type_ids", "output_hidden_states
 class Ladder(Tap):
     """z = Up(s_L): the side network and what connects it, at the stack it stands beside, or at its last block."""
 
+    settled = False  # whether its start was taken from data
+
     def __init__(self, rail: Rail, taps: list[Tap], source: Ladder | None) -> None:
         super().__init__()
         self.rail, self.taps = rail, taps
@@ -289,11 +291,14 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
             scores, count = fisher(model, modules, batches, found)
         for ladder in ladders:
             ladder.prune(scores)
+            ladder.settled = True
         return count
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self.init != "fisher" or vars(self).get("_resumed"):
+        placements = state.get_applied(pl_module, self.name_on_model).placements
+        settled = any(x.adapter.settled for x in placements if isinstance(x.adapter, Ladder))
+        if self.init != "fisher" or settled or vars(self).get("_resumed"):
             return
         loader: Any = trainer.train_dataloader
         if not pl_module.automatic_optimization or isinstance(loader, (dict, list, tuple)):
