@@ -465,9 +465,14 @@ class Classifier(pl.LightningModule):
 
 
 def fit(
-    method: LST, module: pl.LightningModule, tmp_path: Any, loaders: Any = None, ckpt_path: Any = None, steps: int = 1
+    method: LST, module: pl.LightningModule, tmp_path: Any, loaders: Any = None, ckpt_path: Any = None, steps: int = 2
 ) -> pl.Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     trainer = pl.Trainer(max_steps=steps, callbacks=[method], default_root_dir=tmp_path, accelerator="cpu", **quiet)
     trainer.fit(module, loaders or torch.utils.data.DataLoader(range(4), batch_size=2), ckpt_path=ckpt_path)
     return trainer
@@ -483,7 +488,7 @@ def test_lst_by_fisher_information_in_a_trainer(tmp_path: Any) -> None:
     assert moved(tensors(by_fit), tensors(by_hand)) == set()
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     resumed.which = 1  # other batches, which would give another start
-    fit(LST(reduction=4, init="fisher", batches=2), resumed, tmp_path, ckpt_path=tmp_path / "a.ckpt", steps=2)
+    fit(LST(reduction=4, init="fisher", batches=2), resumed, tmp_path, ckpt_path=tmp_path / "a.ckpt", steps=4)
     assert moved(tensors(resumed), tensors(by_hand)) == set()
     fit(LST(reduction=4, init="fisher", batches=2), other, tmp_path)
     assert moved(tensors(other), tensors(by_hand))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -324,7 +324,7 @@ def check_in_step(cache: Any, view: Any, now: int) -> None:
         )
 
 
-def quiet(side: nn.Module) -> Iterator[nn.Module]:
+def quiet(side: nn.Module) -> None:
     """Turn off in the side network what transformers turned on in all modules: checkpointing, recording of states."""
     for module in side.modules():
         if vars(module).get("gradient_checkpointing") is True:
@@ -332,4 +332,3 @@ def quiet(side: nn.Module) -> Iterator[nn.Module]:
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "") == "output_capturing_hook":
                 del module._forward_hooks[key]
-        yield module

@@ -97,8 +97,8 @@ class Ladder(Tap):
     def climb(self, seen: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any], memory: Any, out: Any) -> Tensor:
         """s_i = Block_i(mu_i s_{i-1} + (1 - mu_i) Down_i(h_i)), s_0 = Down_0(h_0) -> (..., w)"""
         gates = torch.sigmoid(self.alpha / self.rail.temperature)
-        for _ in beside.quiet(self.side) if not torch.compiler.is_compiling() else ():
-            pass
+        if not torch.compiler.is_compiling():
+            beside.quiet(self.side)
         for block, down, layer in zip(self.rail.side_blocks(self.side), self.downs, self.rail.kept, strict=True):
             vars(block)["forward"].mixed = gates[layer], down(self.read(seen[layer][1]))
         s = self.first(self.read(seen[0][0]))
@@ -228,7 +228,7 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
     weights, which are as many as the base's and would be kept (the paper does not say). `drop`: layers of each stack
     without a side block. In an encoder-decoder the side decoder attends to the side encoder, whose states travel behind
     the encoder's own (encoder_last_hidden_state is d + w wide). With a KV cache the keys of the side network are layers
-    of the same cache after those of the base, so that beams take both along.
+    of the same cache after those of the base, so that beams take both along. Of two side networks the outermost counts.
 
     init: "magnitude" or "fisher" cut the side blocks from the base's: the features of the stream, of each head, and of
     each feed-forward layer that matter most, by |w| or by (d loss / d w)^2 over `batches` batches of the training
