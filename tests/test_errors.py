@@ -271,8 +271,8 @@ def test_an_eager_attention_that_cannot_be_found() -> None:
 def test_virtual_tokens_need_a_plain_mask_and_room() -> None:
     net, _ = adapted("prompt_tuning", "llama")
     ids = zoo.inputs("llama")["input_ids"]
-    with pytest.raises(ValueError, match=r"shape \(batch, time\); got \(2, 1, 7, 7\)"):
-        net(input_ids=ids, attention_mask=torch.ones(2, 1, 7, 7))
+    with pytest.raises(ValueError, match=r"shape \(batch, time\); got \(2, 1, 7, 9\)"):
+        net(input_ids=ids, attention_mask=torch.ones(2, 1, 7, 9))
     with pytest.raises(ValueError, match="got dict"):
         net(input_ids=ids, attention_mask={"full_attention": None})
     for model, limit in (("bert", 64), ("gpt2", 64), ("roberta", 63)):

@@ -1129,7 +1129,7 @@ def test_prompt_tuning_keeps_no_copy_of_the_embeddings() -> None:
     PromptTuning(length=3).apply(net)
     net.bfloat16()
     (placement,) = state.get_applied(net).placements
-    table = vars(placement.adapter).get("table")
+    table = vars(placement.adapter.prompt).get("table")
     assert table is net.bert.embeddings.word_embeddings
 
 

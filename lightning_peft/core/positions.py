@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.embedding import cached_length, packed
+from lightning_peft.core.embedding import cached_length
 
 Masks = tuple[Tensor, Tensor]
 MASKS = {"attention_mask", "src_key_padding_mask"}
@@ -77,6 +77,14 @@ class Positions(Adapter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "remembered": {}, "prompt": None}
+
+
+def packed(call: dict[str, Any]) -> bool:
+    """Whether the rows of a transformers model hold several texts each, told by their positions alone."""
+    positions = call.get("position_ids")
+    if type(positions) is not Tensor or positions.is_meta or torch.compiler.is_compiling():  # no numbers to look at
+        return False
+    return call.get("attention_mask") is None and bool((positions.diff(dim=-1) <= 0).any())
 
 
 def prompt_mask(call: dict[str, Any], answers: bool) -> Tensor | None:

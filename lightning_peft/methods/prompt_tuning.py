@@ -7,37 +7,56 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.embedding import CrossMask, EncoderTokens, StackTokens, StripTokens, VirtualTokens
+from lightning_peft.core.embedding import CrossMask, EncoderTokens, StackTokens, StripTokens, Turn, VirtualTokens
 from lightning_peft.core.fields import positive
+from lightning_peft.core.prompt import Prompt, Start, TaskPrompt
 from lightning_peft.core.sites import Site, Sites, TargetError, roles
+from lightning_peft.methods.prompt_start import Init, check_start, ids_of, sources
 
 
 class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104.08691", identity=False):
     """x' = [P; Emb(x)]
 
-    P (length, d) is trained, the rest is frozen. Masks, positions and token types are widened; what the model returns
-    is cut back to the text, so that labels, losses and pooling need nothing. An encoder-decoder gets P in its encoder,
-    a vision transformer after its class token (there, states captured between the first and the last block include P).
-    P lives behind the embedding's own scaling, where the model has one.
+    P (length, d) is trained, the rest is frozen: length * d parameters. Masks, positions and token types are widened;
+    what the model returns is cut back to the text, so that labels, losses and pooling need nothing. Packed texts (a
+    block mask, or positions that begin anew) see the same P each in a causal model. An encoder-decoder gets P in its
+    encoder, a vision transformer after its class token (there, states captured between the first and the last block
+    include P). P lives behind the embedding's own scaling, where the model has one.
 
-    init: "uniform" U(-0.5, 0.5), "normal" N(0, 1), or "vocabulary": rows of the embedding, drawn from the
-    `vocabulary` first token ids (in most vocabularies the frequent ones). Needs a high learning rate (0.01 to 0.3).
+    init: "uniform" U(-0.5, 0.5), "normal" N(0, 1), "vocabulary": embeddings of the `vocabulary` first token ids (in
+    most vocabularies the frequent ones), drawn without repeating one; "text": those of `text`, repeated or cut to the
+    length; "labels": the mean embedding of each of `labels`, the rest as "vocabulary"; "prompt": that of `source`, an
+    adapter directory of prompt tuning on the same base (SPoT, arXiv 2110.07904), or the mean of several, weighed by
+    `weights`. Needs a high learning rate (0.01 to 0.3).
+    text: a string, or token ids; labels: a string or token ids each; tokenizer: name or folder of the one of the
+    strings.
     Source: section 2.
     """
 
     targets: str | list[str] | None = "embed"
     length: int = 20
-    init: Literal["uniform", "normal", "vocabulary"] = "uniform"
+    init: Init = "uniform"
     vocabulary: int = 5000
+    text: str | list[int] | None = None
+    labels: list[str] | list[list[int]] | None = None
+    tokenizer: str | None = None
+    source: str | list[str] | None = None
+    weights: list[float] | None = None
 
     def check(self) -> None:
         positive(self, "length", "vocabulary")
+        check_start(self)
+
+    def portable(self) -> PromptTuning:
+        """Without what P started from, which need not be there any more."""
+        start = {"init": "uniform", "text": None, "labels": None, "tokenizer": None, "source": None, "weights": None}
+        return dataclasses.replace(self, **start)  # type: ignore[arg-type]
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         encoders = [site for site in sites if not site.stack.endswith("decoder")]
@@ -49,9 +68,11 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
                 yield from self._text(above, owner, site)
             elif isinstance(site.module, nn.Embedding) and encoder is not None:
                 first: Any = encoder.module.layers[0].self_attn  # type: ignore[index, union-attr]
-                yield self._here(encoder, site, EncoderTokens(first.batch_first, *self._tokens(first.embed_dim)))
+                prompt = self.prompt(first.embed_dim, site.module)
+                yield self._here(encoder, site, EncoderTokens(first.batch_first, prompt))
+                yield from self.turns(above, encoder, prompt)
             elif not isinstance(site.module, nn.Embedding):
-                yield from self._vision(sites, site)
+                yield from self._vision(sites, site, above)
             else:
                 raise TargetError(
                     f"{site.name!r} embeds tokens, but no module above it takes `inputs_embeds` and there is no "
@@ -59,13 +80,33 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
                     "nn.TransformerEncoder, vision transformers. Use prefix_tuning, which acts inside attention."
                 )
 
-    def _tokens(self, width: int, table: nn.Module | None = None) -> tuple[int, int, str, nn.Module | None, int]:
-        if self.init == "vocabulary":
-            if table is None:
-                raise TargetError("PromptTuning(init='vocabulary') needs a token embedding; use init='uniform' here.")
-            if (rows := min(self.vocabulary, len(table.weight))) < self.length:  # type: ignore[arg-type]
-                raise TargetError(f"{self.length} tokens cannot be drawn from {rows} rows; lower `length`.")
-        return self.length, width, self.init, table, self.vocabulary
+    def prompt(self, width: int, table: nn.Module | None) -> Prompt:
+        """What gives the rows; table: the embedding of a text model of this width."""
+        return Prompt(self.length, width, self.start(width, table), table)
+
+    def start(self, width: int, table: Any) -> Start:
+        """How the rows begin."""
+        kind = "rows" if self.init == "prompt" else self.init
+        rows = sources(self, width) if self.init == "prompt" else None
+        if table is not None and table.weight.shape[1] != width:
+            table = None
+        if kind in ("vocabulary", "text", "labels") and table is None:
+            raise TargetError(f"{type(self).__name__}(init={kind!r}) needs a token embedding; use init='uniform' here.")
+        ids = ids_of(self) if kind in ("text", "labels") else ()
+        size = 0 if table is None else len(table.weight)
+        if kind in ("vocabulary", "labels") and min(self.vocabulary, size) < self.length - len(ids):
+            raise TargetError(
+                f"{self.length} tokens cannot be drawn from {min(self.vocabulary, size)} rows; lower `length`."
+            )
+        if wrong := [i for row in ids for i in row if not 0 <= i < size]:
+            raise TargetError(f"{kind}: the token id {wrong[0]} is not among the {size} rows of the embedding.")
+        return Start(kind, self.vocabulary, ids, rows)
+
+    def turns(self, above: list[Above], place: Above, prompt: Prompt) -> Iterator[tuple[Site, Adapter]]:
+        """What tells a prompt of several tasks whose turn it is: around the outermost module that takes a batch."""
+        outer = next((a for a in above if BATCH & set(inspect.signature(type(a.module).forward).parameters)), None)
+        if isinstance(prompt, TaskPrompt) and outer is not None and outer.module is not place.module:
+            yield Site(outer.name, outer.module, "model"), Turn(prompt)
 
     @staticmethod
     def _here(above: Above, site: Site, adapter: Adapter) -> tuple[Site, Adapter]:
@@ -74,30 +115,42 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
     def _text(self, above: list[Above], owner: Above, site: Site) -> Iterator[tuple[Site, Adapter]]:
         pair = next((a for a in above if {"encoder", "decoder"} <= set(a.module._modules)), None)
         table: Any = site.module
-        tokens = self._tokens(table.weight.shape[1], table)
+        prompt = self.prompt(table.weight.shape[1], table)
         in_encoder = pair is not None and owner.module is pair.module.encoder
-        yield self._here(owner, site, VirtualTokens(owner.module, *tokens, strip=not in_encoder))
+        tokens = VirtualTokens(owner.module, prompt, strip=not in_encoder, causal=causal(owner.module))
+        yield self._here(owner, site, tokens)
+        yield from self.turns(above, owner, prompt)
         if pair is not None and in_encoder:
             decoder = f"{pair.name}.decoder".lstrip(".")
             yield Site(decoder, pair.module.decoder, "decoder"), CrossMask()  # type: ignore[arg-type]
 
-    def _vision(self, sites: Sites, site: Site) -> Iterator[tuple[Site, Adapter]]:
-        blocks = roles(sites.model).get("block", [])
-        tower = site.name.split(".")[0]
-        blocks = [b for b in blocks if b.name.split(".")[0] == tower] or blocks
-        if not blocks or blocks[0].facts.hidden is None:
-            raise TargetError(
-                f"The blocks behind {site.name!r} are unknown, so virtual tokens cannot be put in front of them."
-            )
-        index = sum(
-            p.shape[1] if p.dim() == 3 else 1
-            for n, p in sites.model.named_parameters()
-            if n.rpartition(".")[2] in CLASS
-        )
-        yield blocks[0], StackTokens(index, *self._tokens(blocks[0].facts.hidden))
+    def _vision(self, sites: Sites, site: Site, above: list[Above]) -> Iterator[tuple[Site, Adapter]]:
+        blocks = vision_blocks(sites.model, site)
+        index, prompt = class_tokens(sites.model), self.prompt(blocks[0].facts.hidden or 0, None)
+        yield blocks[0], StackTokens(index, prompt)
         yield blocks[-1], StripTokens(self.length, index)
+        yield from self.turns(above, Above(blocks[0].name, blocks[0].module), prompt)
 
 
+def vision_blocks(model: nn.Module, site: Site) -> list[Site]:
+    """The blocks behind an embedding of patches."""
+    blocks = roles(model).get("block", [])
+    tower = site.name.split(".")[0]
+    blocks = [b for b in blocks if b.name.split(".")[0] == tower] or blocks
+    if not blocks or blocks[0].facts.hidden is None:
+        raise TargetError(
+            f"The blocks behind {site.name!r} are unknown, so virtual tokens cannot be put in front of them."
+        )
+    return blocks
+
+
+def class_tokens(model: nn.Module) -> int:
+    """How many tokens come before the patches."""
+    found = ((n.rpartition(".")[2], p) for n, p in model.named_parameters())
+    return sum(p.shape[1] if p.dim() == 3 else 1 for n, p in found if n in CLASS)
+
+
+BATCH = {"input_ids", "inputs_embeds", "pixel_values"}
 CLASS = {
     "cls_token",
     "class_token",
@@ -133,3 +186,9 @@ def embeds_ids(module: nn.Module, embedding: nn.Module) -> bool:
 
 def modules_of(model: nn.Module, kind: type[nn.Module]) -> list[Above]:
     return [Above(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+def causal(module: nn.Module) -> bool:
+    """Whether the blocks inside know that they look back only."""
+    blocks = roles(module).get("block", [])
+    return bool(blocks) and all(block.facts.causal is True for block in blocks)
