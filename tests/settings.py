@@ -17,6 +17,9 @@ MODELS = ("bert", "gpt2", "llama", "t5", "vit", "encoder", "mlp")
 TEXT = ("bert", "gpt2", "llama", "t5")
 HEADED = {"bert", "vit", "encoder"}  # models whose task head `heads="auto"` finds
 
+# ids of which each row of the zoo's texts has three, and a decoder's none
+PSEUDO = [13, 35, 20, 28, 8, 34, 44, 36, 78, 95, 12, 19, 26, 54, 71, 84, 53, 67, 33, 47, 74, 96]
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 3, "target": 2, "targets": "q,v,down"},
     "relora": {"rank": 3, "targets": "q,v,down", "dropout": 0.0},
@@ -77,6 +80,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "did": {"dimension": 100, "exclude": "*embed*?,*wte?,*wpe?,*shared?,*lm_head?"},
     "prefix_tuning": {"length": 3},
     "prompt_tuning": {"length": 3},
+    "ipt": {"length": 3, "dimension": 4, "tasks": 2, "task": 1},
+    "multitask_prompt": {"length": 3, "rank": 2, "tasks": 2, "task": 1},
+    "vpt": {"length": 3},
+    "p_tuning": {"template": [2, 1], "pseudo": PSEUDO},
     "oft": {"targets": "q,k,v,down", "block_size": 4},
     "hra": {"targets": "q,k,v,down", "rank": 4},
     "boft": {"targets": "q,k,v,down", "block_size": 4, "factors": 2},
@@ -178,6 +185,9 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("longlora", "mlp"): TargetError,
     ("prefix_tuning", "mlp"): TargetError,
     ("prompt_tuning", "mlp"): TargetError,  # no embeddings
+    **{(name, "mlp"): TargetError for name in ("ipt", "multitask_prompt")},
+    **{("vpt", model): TargetError for model in (*TEXT, "mlp")},  # no images
+    **{("p_tuning", model): TargetError for model in ("vit", "mlp")},  # no tokens
     ("krona_b", "mlp"): TargetError,  # no feed-forward layer
     ("krona_b_res", "mlp"): TargetError,
     **{("trainable_tokens", model): TargetError for model in ("vit", "mlp")},  # no tokens
@@ -205,6 +215,7 @@ COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa"}
 FROM_WEIGHTS = {"lst"}
 # which put states of their own in place of the base's: of two the outermost counts, where the blocks are all they read
 IN_PLACE_OF_STATES = {"lst"}
+COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning", "pissa"}
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only
@@ -268,6 +279,10 @@ QUICK = {
     "did": ("t5", "bert"),
     "prefix_tuning": ("gpt2", "encoder"),
     "prompt_tuning": ("bert", "vit", "encoder"),
+    "p_tuning": ("t5", "llama"),
+    "ipt": ("bert", "vit"),
+    "multitask_prompt": ("llama", "t5"),
+    "vpt": ("vit", "encoder"),
     "oft": ("gpt2", "llama"),
     "hra": ("gpt2", "t5"),
     "boft": ("gpt2", "encoder"),

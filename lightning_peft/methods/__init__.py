@@ -27,6 +27,7 @@ from lightning_peft.methods.houlsby import Houlsby
 from lightning_peft.methods.hra import HRA
 from lightning_peft.methods.ia3 import IA3
 from lightning_peft.methods.invertible import Invertible
+from lightning_peft.methods.ipt import IPT
 from lightning_peft.methods.krona import KronA
 from lightning_peft.methods.krona_b import KronAB, KronABRes
 from lightning_peft.methods.lets import LeTS
@@ -49,11 +50,13 @@ from lightning_peft.methods.mam import MAM
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.mora import MoRA
 from lightning_peft.methods.multilora import MultiLoRA
+from lightning_peft.methods.multitask_prompt import MultitaskPrompt
 from lightning_peft.methods.nola import NOLA
 from lightning_peft.methods.noreft import NoReFT
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.olora import OLoRA
 from lightning_peft.methods.p_tuning_v2 import PTuningV2
+from lightning_peft.methods.p_tuning import PTuning
 from lightning_peft.methods.parallel import ParallelAdapter
 from lightning_peft.methods.pfeiffer import Pfeiffer
 from lightning_peft.methods.pissa import PiSSA
@@ -72,6 +75,7 @@ from lightning_peft.methods.tied_lora import TiedLoRA
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.vb_lora import VBLoRA
 from lightning_peft.methods.vera import VeRA
+from lightning_peft.methods.vpt import VPT
 from lightning_peft.methods.waveft import WaveFT
 
 __all__ = [
@@ -136,6 +140,7 @@ __all__ = [
     "OFT",
     "OLoRA",
     "PTuningV2",
+    "PTuning",
     "ParallelAdapter",
     "PiSSA",
     "PrefixTuning",
@@ -152,5 +157,8 @@ __all__ = [
     "TrainableTokens",
     "VBLoRA",
     "VeRA",
+    "IPT",
+    "MultitaskPrompt",
+    "VPT",
     "WaveFT",
 ]

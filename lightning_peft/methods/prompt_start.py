@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_peft.methods.prompt_tuning import PromptTuning
 
 Init = Literal["uniform", "normal", "vocabulary", "text", "labels", "prompt"]
+START = {"init": "uniform", "text": None, "labels": None, "tokenizer": None, "source": None, "weights": None}
 NEEDS = {"text": "text", "labels": "labels", "prompt": "source"}
 
 

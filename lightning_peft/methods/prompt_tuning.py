@@ -17,7 +17,7 @@ from lightning_peft.core.embedding import CrossMask, EncoderTokens, StackTokens,
 from lightning_peft.core.fields import positive
 from lightning_peft.core.prompt import Prompt, Start, TaskPrompt
 from lightning_peft.core.sites import Site, Sites, TargetError, roles
-from lightning_peft.methods.prompt_start import Init, check_start, ids_of, sources
+from lightning_peft.methods.prompt_start import START, Init, check_start, ids_of, sources
 
 
 class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104.08691", identity=False):
@@ -55,8 +55,7 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
 
     def portable(self) -> PromptTuning:
         """Without what P started from, which need not be there any more."""
-        start = {"init": "uniform", "text": None, "labels": None, "tokenizer": None, "source": None, "weights": None}
-        return dataclasses.replace(self, **start)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **START)  # type: ignore[arg-type]
 
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         encoders = [site for site in sites if not site.stack.endswith("decoder")]

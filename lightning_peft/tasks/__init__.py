@@ -10,6 +10,7 @@ HOMES = {
     "Digits": "digits",
     "HFText": "text_file",
     "ImageClassification": "image_classification",
+    "InContext": "in_context",
     "Instructions": "instructions",
     "MultipleChoice": "multiple_choice",
     "PooledClassifier": "pooling",
