@@ -12,7 +12,18 @@ from harness import perturb
 from settings import make
 from torch import Tensor, nn
 
-METHODS = ("prompt_tuning", "prefix_tuning", "lora", "ia3", "mam", "parallel", "lst", "attention_fusion")
+METHODS = (
+    "prompt_tuning",
+    "multitask_prompt",
+    "ipt",
+    "prefix_tuning",
+    "lora",
+    "ia3",
+    "mam",
+    "parallel",
+    "lst",
+    "attention_fusion",
+)
 MODELS = ("llama", "gpt2", "t5")
 NEW = 8
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from harness import perturb
 from lightning.pytorch import Trainer
 from test_counts import fresh
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_peft import IPT, VPT, LoRA, MultitaskPrompt, PromptTuning, PTuning, load_adapter, prompts, save_adapter
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.files import AdapterFileError
 from lightning_peft.core.sites import TargetError
-from lightning_peft.tasks import ByteTokenizer, InContext, TextData
+from lightning_peft.tasks import ByteTokenizer, CausalLM, InContext, TextData, constant
 from lightning_peft.tasks.data import Example
 
 WORDS = ["[UNK]", "good", "bad", "film", "the", "was", "very", "fine", "sad", "is", "it", ":", "text", "label", "ok"]
@@ -359,6 +361,21 @@ def test_p_tuning_generates_with_a_cache_as_without(model: str) -> None:
     assert torch.equal(net.generate(ids[:1, 2:], **options)[:, -6:], with_cache[:1, -6:])
 
 
+def test_p_tuning_of_peft_is_a_prompt_in_front() -> None:
+    """It has no template, and an MLP of three layers: the same rows at the first places give the same model."""
+    peft = pytest.importorskip("peft")
+    ours, theirs = zoo.build("llama").double(), zoo.build("llama").double()
+    PTuning(template=[3], pseudo=PSEUDO, encoder="none", dtype="float64", heads=None).apply(ours)
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=16)
+    theirs = peft.get_peft_model(theirs, config).double().eval()
+    with torch.no_grad():
+        rows = theirs.prompt_encoder["default"](theirs.prompt_tokens["default"][None])[0]
+        template_of(ours).tokens.copy_(rows)
+    ids = zoo.inputs("llama")["input_ids"]
+    close(ours(input_ids=F.pad(ids, (3, 0), value=PSEUDO)).logits, theirs(input_ids=ids).logits, 1e-10)
+    assert sum("weight" in name for name, _ in theirs.prompt_encoder["default"].mlp_head.named_parameters()) == 3
+
+
 # ------------------------------------------------------------------ visual prompts
 def vit_blocks(base: Any) -> Any:
     return base.vit.layers if hasattr(base.vit, "layers") else base.vit.encoder.layer
@@ -622,6 +639,58 @@ def test_a_decoder_that_does_not_fit(tmp_path: Path) -> None:
         IPT(length=2, stage=2, dimension=5, source=str(tmp_path / "one")).apply(zoo.build("llama"))
     with pytest.raises(AdapterFileError, match="holds no decoder"):
         IPT(length=2, stage=2, dimension=4, source=str(tmp_path / "plain")).apply(zoo.build("llama"))
+
+
+# ------------------------------------------------------------------ in a Trainer
+def mixed(tasks: bool, count: int = 8) -> DataLoader[Any]:
+    """One batch of both tasks, again and again."""
+    ids = torch.randint(3, zoo.VOCAB, (count, 6), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row, "task_ids": torch.tensor(i % 2)} for i, row in enumerate(ids)]
+    if not tasks:
+        rows = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+    return DataLoader(rows, batch_size=count)  # type: ignore[arg-type]
+
+
+def run(method: Any, steps: int, folder: Path, resume: str | None = None, tasks: bool = True) -> CausalLM:
+    task = CausalLM(zoo.build("llama").train(), optimizer=partial(torch.optim.Adam, lr=0.05), scheduler=constant)
+    trainer = Trainer(
+        max_steps=steps, callbacks=[method], logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", enable_checkpointing=False, max_epochs=5, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(task, mixed(tasks), ckpt_path=resume)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+    return task
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tasks_train_together_and_a_new_one_in_their_subspace(tmp_path: Path) -> None:
+    task = run(IPT(length=2, tasks=2, dimension=3, heads=None), 3, tmp_path)
+    start = zoo.build("llama")
+    IPT(length=2, tasks=2, dimension=3, heads=None).apply(start)
+    for before, after in zip(prompt_of(start).tokens, prompt_of(task).tokens, strict=True):
+        assert not torch.equal(before, after)
+    save_adapter(task, tmp_path / "one")
+
+    def second() -> IPT:
+        return IPT(length=2, stage=2, dimension=3, source=str(tmp_path / "one"), heads=None)
+
+    whole = prompt_of(run(second(), 4, tmp_path, tasks=False)).z
+    run(second(), 2, tmp_path, tasks=False)
+    saved = torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"]
+    assert [tuple(t.shape) for name, t in saved.items() if ".prompt." in name] == [(3,)]  # and no decoder
+    assert torch.equal(prompt_of(run(second(), 4, tmp_path, str(tmp_path / "2.ckpt"), tasks=False)).z, whole)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_multitask_prompts_resume_where_they_were(tmp_path: Path) -> None:
+    def method() -> MultitaskPrompt:
+        return MultitaskPrompt(length=2, tasks=2, heads=None)
+
+    whole = prompt_of(run(method(), 4, tmp_path)).state_dict()
+    run(method(), 2, tmp_path)
+    again = prompt_of(run(method(), 4, tmp_path, resume=str(tmp_path / "2.ckpt"))).state_dict()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name]), name
 
 
 # ------------------------------------------------------------------ SPoT's retrieval, ensembles

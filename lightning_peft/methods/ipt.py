@@ -113,8 +113,9 @@ class IPT(TaskPrompts, name="ipt", family="soft prompt", paper="2110.07867", ide
     Dec(Enc(P_t)), with reconstruction * MSE(Dec(Enc(P)), P) over all tasks added to the loss; `task_ids` (batch,) in
     the batch say whose turn it is. Its adapter directory is the `source` of stage 2, which trains z alone, d_I =
     dimension parameters from N(0, 0.02^2), with the decoder frozen; files of stage 2 hold the prompt Dec(z), as prompt
-    tuning. z goes through `source` while it trains, which must stay where it is until the end. The paper smooths the
-    labels by 0.1: the loss is yours. Source: section 3.
+    tuning. `source` must stay where it is while z trains. The paper smooths the labels by 0.1: the loss is yours.
+
+    dimension: d_I; stage: 1 or 2; reconstruction: the factor of the error of the auto-encoder. Source: section 3.
     """
 
     dimension: int = 250

@@ -52,9 +52,11 @@ class MultitaskPrompt(TaskPrompts, name="multitask_prompt", family="soft prompt"
     for all, or `turn(model, ids)` around a call such as `generate`. U and V begin at N(rank^-1/2, 0.02^2), so that
     every task begins near P (peft: at N(0, 0.02^2), near no prompt).
 
-    Source training: tasks=K. Target adaptation: init="prompt", source=<the directory of the source training>: P, and
-    the mean of its U and V, or those of `source_task`; with shared_only P alone. The paper's distillation from one
-    teacher a task is not part of it. Source: section 3.
+    Source training has tasks=K. Target adaptation has init="prompt" and the directory of the source training as
+    `source`: P, and the mean of its U and of its V. The paper's distillation from one teacher a task is not part of it.
+
+    rank: of the factor of a task; source_task: start from U and V of this one in place of the means; shared_only: start
+    from P alone, with new U and V. Source: section 3.
     """
 
     rank: int = 1

@@ -34,9 +34,9 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
     length; "labels": the mean embedding of each of `labels`, the rest as "vocabulary"; "prompt": that of `source`, an
     adapter directory of prompt tuning on the same base (SPoT, arXiv 2110.07904), or the mean of several, weighed by
     `weights`. Needs a high learning rate (0.01 to 0.3).
+
     text: a string, or token ids; labels: a string or token ids each; tokenizer: name or folder of the one of the
-    strings.
-    Source: section 2.
+    strings; source: an adapter directory, or several; weights: of several sources. Source: section 2.
     """
 
     targets: str | list[str] | None = "embed"

@@ -18,6 +18,8 @@ class TaskPrompts(PromptTuning):
     """P_t for the task t of an example: `task_ids` (batch,) in the batch, or `task` for all, or `turn` around a call.
 
     `task_ids` are taken out where the outermost module takes `input_ids` or `pixel_values`; elsewhere use `turn`.
+
+    tasks: how many; task: whose turn it is where nothing is said.
     """
 
     tasks: int = 1

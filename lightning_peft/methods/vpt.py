@@ -57,11 +57,13 @@ class LayerTokens(EncoderTokens):
 class VPT(PEFT, name="vpt", family="soft prompt", paper="2203.12119", identity=False):
     """[x_cls; _; x]_i = B_i([x_cls; P_i; x]_(i-1))
 
-    deep: each block gets fresh prompts P_i (length, d) behind the class token, and what it makes of them is dropped:
-    L * length * d parameters. deep=False: P_0 before the first block, and they go through all: length * d. They have
-    no positions. Images: vision transformers with a class token or without (registers are kept in front, an average
-    over patches does not see the prompts), and stacks of `nn.TransformerEncoderLayer`, with their masks. Initial
-    values U(-b, b), b = sqrt(6 / (numbers in a patch + d)). dropout acts on the prompts. Source: section 3.2.
+    Each block gets fresh prompts P_i (length, d) behind the class token, and what it makes of them is dropped: L *
+    length * d parameters. They have no positions. For images: vision transformers with a class token or without
+    (registers are kept in front, an average over patches does not see the prompts), and stacks of
+    `nn.TransformerEncoderLayer`, with their masks. Initial values U(-b, b), b = sqrt(6 / (numbers in a patch + d)).
+
+    deep: False puts P_0 before the first block alone, and it goes through all: length * d parameters; dropout: of the
+    prompts. Source: section 3.2.
     """
 
     targets: str | list[str] | None = "block"
