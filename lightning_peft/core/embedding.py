@@ -76,6 +76,8 @@ class VirtualTokens(Tokens):
     def __init__(self, owner: nn.Module, prompt: Prompt, strip: bool, causal: bool = False) -> None:
         super().__init__(prompt)
         self.strip, self.causal = strip, causal
+        self.counts = causal and "position_ids" in inspect.signature(type(owner).forward).parameters
+        self.counts = self.counts and not counts_itself(owner)
         self.owner: Any
         self.names = list(inspect.signature(type(owner).forward).parameters)[1:]
         vars(self)["owner"] = owner  # not registered: it holds this adapter
@@ -105,7 +107,7 @@ class VirtualTokens(Tokens):
             call["attention_mask"] = self.widened(mask, embeds.shape[1] if fresh else None)
         if (positions := call.get("position_ids")) is not None:
             call["position_ids"] = self.shifted(positions, fresh)
-        elif self.causal and "position_ids" in self.names and (mask is not None and mask.dim() == 2):
+        elif self.counts and mask is not None and mask.dim() == 2:
             call["position_ids"] = self.counted(mask, embeds.shape[1])
         elif fresh and ids is not None and (padding := padded_positions(self.owner)) is not None:
             real = F.pad((ids != padding).long(), (length, 0), value=1)
@@ -280,6 +282,12 @@ def _learned_positions(owner: nn.Module) -> bool:
 def _offset(owner: nn.Module) -> int:
     padding = padded_positions(owner)
     return 0 if padding is None else padding + 1
+
+
+def counts_itself(owner: nn.Module) -> bool:
+    """Whether a causal model makes its positions of the mask by itself (OPT)."""
+    tables = (m for m in owner.modules() if isinstance(m, nn.Embedding))
+    return any("attention_mask" in inspect.signature(type(m).forward).parameters for m in tables)
 
 
 def padded_positions(owner: nn.Module) -> int | None:
