@@ -190,6 +190,24 @@ def test_rows_of_an_untied_head_and_lora_beside_them() -> None:
         both.merge(gemma)
 
 
+def test_rows_and_lora_at_one_embedding_merge_in_one_order_alone() -> None:
+    """Rows are laid over what the weight holds: with LoRA in the weight, they would take its change away."""
+    first, second = LoRA(targets="embed", rank=2, heads=None), TrainableTokens(tokens=[12, 19], heads=None)
+    for methods in ((first, second), (second, first)):
+        net, inputs = zoo.build("llama").eval(), zoo.inputs("llama")
+        for method in methods:
+            method.apply(net)
+        perturb(net, 0.3)
+        expected = net(**inputs).logits
+        with pytest.raises(MergeError, match="computes with the weight"):
+            first.merge(net)
+        close(net(**inputs).logits, expected, 1e-6)
+        second.merge(net)
+        close(net(**inputs).logits, expected, 1e-6)
+        first.merge(net)
+        close(net(**inputs).logits, expected, 1e-6)
+
+
 def test_tokens_that_are_not_there() -> None:
     for tokens in ([1, 1], [-1]):
         with pytest.raises(FieldError, match="different ids"):

@@ -46,9 +46,13 @@ class Rows(nn.Module):
 
 
 class EmbeddedRows(Adapter):
-    """y[i] = base(x)[i], and R[k] where x[i] = t[k], times the factor that the model puts on its embeddings."""
+    """y[i] = base(x)[i], and R[k] where x[i] = t[k], times the factor that the model puts on its embeddings.
+
+    More exactly R[k] - W[t[k]] on top of it, so that what lies inside stays.
+    """
 
     additive = True
+    reads_weight = True
 
     def __init__(self, shared: Rows, first: bool) -> None:
         super().__init__()
