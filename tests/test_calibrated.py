@@ -252,6 +252,25 @@ def test_calibration_moves_no_other_random_number_and_no_gradient() -> None:
     assert net.proj.training
 
 
+@pytest.mark.parametrize("how", ["workers that stay", "a generator of its own"])
+def test_the_run_goes_through_the_batches_that_it_would_have(how: str, tmp_path: Path) -> None:
+    class Noting(Boring):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.net.training:  # not while the start is taken
+                self.seen = [*getattr(self, "seen", []), batch[0].sum().item()]
+            return super().training_step(batch, batch_idx)
+
+    def seen(callbacks: list[Any]) -> list[int]:
+        workers = {"num_workers": 1, "persistent_workers": True}
+        own = {"generator": torch.Generator().manual_seed(2), "shuffle": True}
+        loader = DataLoader(data().dataset, 3, **(workers if how == "workers that stay" else own))  # type: ignore[arg-type]
+        module = Noting()
+        trainer(tmp_path, callbacks, max_epochs=2).fit(module, loader)
+        return module.seen
+
+    assert seen([EVA(targets="q,v", rank=2, batches=3)]) == seen([LoRA(targets="q,v", rank=2)])
+
+
 # ------------------------------------------------------------------ errors
 def test_batches_that_say_nothing() -> None:
     net = Net()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from lightning_peft.core.calibration import Run, Watched, calibrate, plain_run
 from lightning_peft.core.fields import positive
 from lightning_peft.core.targets import Shape
 from lightning_peft.methods.lora import StartedLoRA
+from lightning_peft.resume import loader_generators
 
 
 class CalibratedLoRA(StartedLoRA):
@@ -79,12 +81,23 @@ def training_batches(method: Any, trainer: pl.Trainer, pl_module: pl.LightningMo
             f"{type(method).__name__} takes its start from one training dataloader, and this run has {len(loader)}. "
             "Call calibrate(module, batches) before fit."
         )
+    own = [(generator, generator.get_state()) for generator in loader_generators(trainer)]
     with isolate_rng(), trainer.precision_plugin.train_step_context():
-        yield (as_in_training(trainer, pl_module, b) for b in itertools.islice(loader, method.batches))
+        yield (as_in_training(trainer, pl_module, b) for b in itertools.islice(anew(loader), method.batches))
+    for generator, before in own:
+        generator.set_state(before)
 
 
 def adapters_of(placements: list[state.Placement]) -> dict[str, Watched]:
     return {f"{x.site} ({x.role})": x.adapter for x in placements if isinstance(x.adapter, Watched)}
+
+
+def anew(loader: Any) -> Any:
+    """The same batches by an iterator of its own: workers that stay have one, which the run is about to use."""
+    if getattr(loader, "persistent_workers", False):
+        loader = copy.copy(loader)
+        vars(loader).update(persistent_workers=False, _iterator=None)
+    return loader
 
 
 def as_in_training(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Any:
