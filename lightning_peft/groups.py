@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_peft.core.experts import ExpertLowRank
 from lightning_peft.core.low_rank import LowRank
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
@@ -29,6 +30,8 @@ def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 def kind(owner: nn.Module, name: str, parameter: nn.Parameter) -> str:
     """ "b" for the matrix B of a low-rank product, "embedding" for both factors at an embedding, else "other" """
+    if isinstance(owner, ExpertLowRank):
+        return "b" if name == "b" else "other"
     if not isinstance(owner, LowRank) or parameter.ndim != 2:
         return "other"
     if owner.shape.kind == "embedding":
@@ -63,14 +66,26 @@ def split(module: nn.Module, kind: Callable[[nn.Module, str, nn.Parameter], str]
 def lora_plus_groups(
     module: nn.Module, lr: float, ratio: float = 16.0, embedding_lr: float | None = EMBEDDING_LR
 ) -> list[dict[str, Any]]:
-    """Groups with lr(B) = ratio lr, lr(A) = lr; B of every low-rank product, and nothing else
+    """Groups with lr(B) = ratio lr, lr(A) = lr; B of every product B A, those of experts too, and nothing else
 
     Trained biases, norms, heads, magnitudes and both factors of products whose form is another (AdaLoRA) get lr. What
     decays is as in `parameter_groups`. embedding_lr: of A and B at embeddings, where A is the one that starts at zero;
-    None treats them as `other`. A scheduler multiplies each group's own rate, so the ratio stays.
+    None gives them lr. A scheduler multiplies each group's own rate, so the ratio stays. Errors: ValueError, also where
+    nothing that trains is such a factor.
     """
     check_ratio(ratio, embedding_lr)
-    return [{**group, "lr": rate(lr, of, ratio, embedding_lr)} for group, of in split(module, kind)]
+    return [{**group, "lr": rate(lr, of, ratio, embedding_lr)} for group, of in factors(module)]
+
+
+def factors(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """`split` by `kind`, of a module that has what the rates are for."""
+    parts = split(module, kind)
+    if all(of == "other" for _, of in parts):
+        raise ValueError(
+            f"LoRA+ gives B of products B A a higher rate, and none trains in this {type(module).__name__}. Use it with"
+            " LoRA or a method made of it, or leave lora_plus out."
+        )
+    return parts
 
 
 def rate(lr: float, of: str, ratio: float, embedding_lr: float | None) -> float:
@@ -99,7 +114,7 @@ class LoRAPlus:
 
     def over(self, module: nn.Module) -> Optimizer:
         """The optimizer of what trains in the module."""
-        parts = split(module, kind)
+        parts = factors(module)
         optimizer = self.optimizer([group for group, _ in parts])
         for group, (_, of) in zip(optimizer.param_groups, parts, strict=True):
             group["lr"] = rate(group["lr"], of, self.ratio, self.embedding_lr)

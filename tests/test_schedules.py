@@ -14,6 +14,7 @@ from boring import Boring, data, trainer
 from harness import output, perturb
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from test_integers import mixture
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -377,6 +378,19 @@ def test_lora_plus_is_for_b_alone() -> None:
     assert {lr for name, (lr, _) in without.items() if "embed_tokens" in name} == {0.5}
     matrices = [p.ndim > 1 for p in state.trainable(net).values()]
     assert [len(g["params"]) for g in parameter_groups(net)] == [sum(matrices), len(matrices) - sum(matrices)]
+
+
+def test_lora_plus_knows_the_experts_and_that_there_is_nothing_to_speed_up() -> None:
+    net = mixture()
+    LoRA(targets="q", experts="*.experts.gate_up_proj", rank=2, heads=None).apply(net)
+    found = rates(net, lora_plus_groups(net, lr=0.5, ratio=8))
+    assert {(name.rpartition(".")[2], lr) for name, (lr, _) in found.items()} == {("a", 0.5), ("b", 4.0)}
+    assert any("experts" in name for name in found)
+    scaled = zoo.build("bert")
+    IA3(heads=None).apply(scaled)
+    for make in (lambda: lora_plus_groups(scaled, 0.5), lambda: LoRAPlus(torch.optim.SGD).over(scaled)):
+        with pytest.raises(ValueError, match="none trains in this Bert"):
+            make()
 
 
 def test_lora_plus_and_peft_differ_in_vectors_alone() -> None:
