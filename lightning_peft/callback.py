@@ -154,6 +154,7 @@ class PEFT(Method, Callback):
             checkpoint.check_base(model, self.name_on_model, state_dict.get("fingerprint"))
             checkpoint.tell_other_precision(model, self.name_on_model, state_dict.get("base"))
             checkpoint.check_config(model, self.name_on_model, state_dict.get("config", {}))
+        self.go_on(state_dict.get("config", {}))
         if "rng" in state_dict and model is not None:
             (leader(model) or self)._resume.load_state_dict(state_dict["rng"])
 
@@ -201,6 +202,8 @@ def quantise_base(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 def adopt(pl_module: pl.LightningModule, known: state.Applied, method: PEFT) -> None:
     """Go on with a method that was put on this module by another Trainer, by `apply` or by `load_adapter`."""
+    if type(known.method) is type(method):
+        method.go_on(known.method.config())
     before, now = known.method.config(), method.config()
     other = {name: (before[name], now[name]) for name in now if name != "label" and before.get(name) != now[name]}
     if type(known.method) is not type(method) or other:

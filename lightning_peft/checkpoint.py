@@ -90,6 +90,8 @@ def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Metho
             check_base(module, entry["label"], entry.get("fingerprint"))
             tell_other_precision(module, entry["label"], entry.get("base"))
             check_config(module, entry["label"], entry["config"])
+            if (applied := state.applied_to(module).get(entry["label"])) is not None:
+                applied.method.go_on(entry["config"])
         load_model_state(module, saved["state_dict"])
     except Exception:
         for method in done:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from boring import Boring, data, trainer
 from harness import output, perturb
 from test_schedules import adapters, same_through_a_checkpoint
 
@@ -47,6 +48,27 @@ def test_remora_resumes_exactly(at: int, tmp_path: Path) -> None:
     alone = type(through)()
     load_checkpoint(alone, tmp_path / "True" / f"step={at}.ckpt")
     assert {a.kind for a in adapters(alone)} == {state.get_applied(alone).method.kind} == {1 + at // 3 % 2}  # type: ignore[attr-defined]
+
+
+def test_the_type_comes_with_its_m_and_restarts_go_on(tmp_path: Path) -> None:
+    """A fresh method, a checkpoint without callbacks, a second Trainer: M is read by the type that it was trained in."""
+    module, method = Boring(dropout=0.0), ReMoRA(rank=2, every=3)
+    fit = trainer(tmp_path, [method], max_steps=4, max_epochs=-1)
+    fit.fit(module, data())
+    fit.save_checkpoint(tmp_path / "all.ckpt")
+    fit.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    x = next(iter(data(shuffle=False)))[0]
+    expected = module.net.eval()(input_ids=x).logits
+    assert method.restarts == 1
+    for name in ("all", "weights"):
+        fresh, given = Boring(dropout=0.0), ReMoRA(rank=2, every=3)
+        load_checkpoint(fresh, tmp_path / f"{name}.ckpt", methods=[given])
+        assert torch.equal(fresh.net.eval()(input_ids=x).logits, expected)
+        assert given.restarts == (1 if name == "all" else 0)
+    again = ReMoRA(rank=2, every=3)
+    trainer(tmp_path, [again]).validate(module, data(), verbose=False)
+    assert again.restarts == 1
+    assert torch.equal(module.net(input_ids=x).logits, expected)
 
 
 def test_types_that_do_not_share_their_m() -> None:

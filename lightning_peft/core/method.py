@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -147,6 +147,9 @@ class Method:
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one is made of; they act under its label."""
         return ()
+
+    def go_on(self, config: Mapping[str, Any]) -> None:
+        """Take over what the method counts in its own fields, from the config of the one that was here before."""
 
     def portable(self) -> Method:
         """The method as which collapsed adapters are loaded again (`Adapter.collapsed`); usually itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -92,7 +93,9 @@ class Restarting(PEFT):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         vars(self)["_steps"] = state_dict["steps"]
-        self.restarts = state_dict["config"]["restarts"]
+
+    def go_on(self, config: Mapping[str, Any]) -> None:
+        self.restarts = config.get("restarts", self.restarts)
 
     # -------------------------------------------------------------- a restart
     def parameters(self, model: nn.Module) -> list[nn.Parameter]:

@@ -5,9 +5,11 @@ https://arxiv.org/abs/2405.12130
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
-from lightning_peft.core import state
+import torch
+from torch import Tensor
+
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError, positive, probability
 from lightning_peft.core.init import Draw
@@ -16,6 +18,29 @@ from lightning_peft.core.sites import Site
 from lightning_peft.core.targets import projection_widths
 from lightning_peft.methods.mora import Rounding, Square, square
 from lightning_peft.methods.relora import Restarting
+
+
+class Cycled(Square):
+    """Whose state says which type it is of, since M means nothing without it."""
+
+    of_type: Tensor
+
+    def __init__(self, d_in: int, d_out: int, size: int, kind: int, dropout: float) -> None:
+        super().__init__(d_in, d_out, size, kind, dropout)
+        self.register_buffer("of_type", torch.tensor(kind))
+
+    def reset(self, draw: Draw) -> None:
+        super().reset(draw)
+        self.become(self.kind)
+
+    def become(self, kind: int) -> None:
+        """Of this type from here on."""
+        self.kind = kind
+        self.of_type.fill_(kind)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self.kind = self.kind if self.of_type.is_meta else int(self.of_type)
 
 
 class ReMoRA(Restarting, name="remora", family="reparametrisation", paper="2405.12130", mergeable=True):
@@ -48,14 +73,8 @@ class ReMoRA(Restarting, name="remora", family="reparametrisation", paper="2405.
 
     def adapter(self, site: Site) -> Adapter:
         d_in, d_out = projection_widths(site, "ReMoRA")
-        return Square(d_in, d_out, square(d_in, d_out, self.rank, 1, self.rounding), self.kind, self.dropout)
+        return Cycled(d_in, d_out, square(d_in, d_out, self.rank, 1, self.rounding), self.kind, self.dropout)
 
     def renew(self, adapter: Adapter, draw: Draw) -> None:
         super().renew(adapter, draw)
-        adapter.kind = self.kind  # type: ignore[assignment]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if (model := vars(self).get("_module", lambda: None)()) is not None:
-            for placement in state.get_applied(model, self.name_on_model).placements:
-                placement.adapter.kind = self.kind  # type: ignore[assignment]
+        cast(Cycled, adapter).become(self.kind)
