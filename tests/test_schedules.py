@@ -591,6 +591,32 @@ def test_relora_restarts_by_optimizer_steps_and_prunes(tmp_path: Path) -> None:
     assert method.restarts == 2
 
 
+class Thrice(Boring):
+    """Three optimizer steps a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        for _ in range(3):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+def test_several_steps_in_a_batch_do_not_pass_by_a_restart_or_a_fall_of_ranks(tmp_path: Path) -> None:
+    relora, adalora = ReLoRA(targets="q", rank=2, every=5), AdaLoRA(targets="v", rank=4, target=1, warmup=0, final=3,
+                                                                   interval=5, total_steps=24)  # fmt: skip
+    kept: list[int] = []
+    watch = Watch(lambda t, m: kept.append(sum(ranks(m, "adalora").values())))
+    trainer(tmp_path, [relora, adalora, watch]).fit(Thrice(), data())
+    assert (relora.steps, relora.restarts) == (24, 4)
+    sites = kept[0] // 4
+    assert kept == [budget(t, 4 * sites, sites, 24, 0, 3) for t in (0, 6, 6, 12, 15, 15, 24, 24)]
+
+
 def test_a_file_of_relora_holds_what_was_folded_in(tmp_path: Path) -> None:
     net = zoo.build("gpt2")
     method = ReLoRA(targets="q,v", rank=2, dropout=0.0)

@@ -135,7 +135,7 @@ class Allocator:
 
     def __init__(self, method: AdaLoRA, saved: dict[str, Any] | None = None) -> None:
         self.method, self.saved = method, saved
-        self.step, self.stepped = (saved or {}).get("step", 0), False
+        self.step = self.done = (saved or {}).get("step", 0)
         self.mean: list[Tensor] = []
         self.spread: list[Tensor] = []
         self.adapters: list[Triplets] = []
@@ -185,21 +185,23 @@ class Allocator:
         """Before a step: keep hold of the gradients, which the module may let go of before the batch is over."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(w) in held for w in self.weights):
-            self.step, self.stepped = self.step + 1, True
+            self.step += 1
             self.gradients = [w.grad for w in self.weights]
 
     def act(self) -> bool:
-        """After a step -> whether there was one"""
-        if not self.stepped:
+        """After a batch -> whether there was a step in it, or several"""
+        before, self.done = self.done, self.step
+        if before == self.step:
             return False
         if self.step < self.end:
             self.average()
-        due = self.warmup(self.steps) < self.step < self.end and self.step % self.method.interval == 0
+        interval = self.method.interval
+        due = self.warmup(self.steps) < self.step < self.end and self.step // interval > before // interval
         if due or (self.step >= self.end and self.mean):
             self.allocate()
         if due or self.step >= self.end:
             self.mask()
-        self.stepped, self.gradients = False, []
+        self.gradients = []
         return True
 
     def average(self) -> None:

@@ -69,18 +69,18 @@ class Restarting(PEFT):
         super().on_train_start(trainer, pl_module)
         if trainer.global_step == 0:
             vars(self)["_steps"] = 0
-        vars(self)["_stepped"] = False
+        vars(self)["_before"] = self.steps
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if optimizers_of([optimizer], self.parameters(pl_module)):
-            vars(self).update(_steps=self.steps + 1, _stepped=True)
+            vars(self)["_steps"] = self.steps + 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *rest)
-        if vars(self)["_stepped"] and self.steps % self.every == 0:
+        if self.steps // self.every > vars(self)["_before"] // self.every:  # a batch may have several steps
             self.restart(pl_module, trainer.optimizers)
-        vars(self)["_stepped"] = False
+        vars(self)["_before"] = self.steps
 
     @property
     def steps(self) -> int:
