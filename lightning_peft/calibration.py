@@ -85,8 +85,9 @@ def gptq(
     chosen, left = checked(model, q, targets, skip)
     before = sum(m.weight.nbytes for m in chosen.values())  # type: ignore[misc, union-attr]
     parameters, after = sum(m.weight.numel() for m in chosen.values()), 0  # type: ignore[misc, union-attr, operator]
-    for names in by_block(model, chosen):
-        for name, hessian in hessians(model, {name: chosen[name] for name in names}, held).items():
+    for number, names in enumerate(by_block(model, chosen)):
+        reach = {} if number else chosen  # known before anything is changed
+        for name, hessian in hessians(model, {name: chosen[name] for name in names}, held, reach).items():
             weight: Any = chosen[name].weight
             found = rounded(oriented(chosen[name], weight.detach()), hessian, BITS[mode], blocksize, damping)
             after += quantise_module(chosen[name], q, parts=packed_integers(found)).nbytes
@@ -129,18 +130,24 @@ def by_block(model: nn.Module, chosen: Mapping[str, nn.Module]) -> list[list[str
 
 
 @torch.no_grad()
-def hessians(model: nn.Module, modules: dict[str, nn.Module], batches: list[Any]) -> dict[str, Tensor]:
-    """name -> sum of x x^T over all that goes into the module, (d_in, d_in) fp32"""
+def hessians(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Any], reach: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
+    """name -> sum of x x^T over all that goes into the module, (d_in, d_in) fp32; reach: more that must get something"""
     sums: dict[str, Tensor] = {}
+    everything = {**reach, **modules}
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).float()
+        def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            if name not in modules:
+                sums[name] = torch.zeros(())
+                return
+            x = (args[0] if args else next(iter(named.values()))).detach().flatten(0, -2).float()
             sums[name] = sums.get(name, 0) + x.T @ x
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    handles = [m.register_forward_pre_hook(watch(name), with_kwargs=True) for name, m in everything.items()]
     training = [m for m in model.modules() if m.training]
     try:
         model.eval()
@@ -151,9 +158,11 @@ def hessians(model: nn.Module, modules: dict[str, nn.Module], batches: list[Any]
             handle.remove()
         for module in training:
             module.training = True
-    if unseen := [name for name in modules if name not in sums]:
+    if unseen := [name for name in everything if name not in sums]:
         raise QuantisationError(f"No batch reaches {unseen[:3]}. Give batches that do, or leave them out with skip=...")
-    return sums
+    if wrong := [name for name in modules if not sums[name].isfinite().all()]:
+        raise QuantisationError(f"What the batches give to {wrong[:3]} is not finite. Look for NaN in them.")
+    return {name: sums[name] for name in modules}
 
 
 def run(model: nn.Module, batch: Any) -> None:

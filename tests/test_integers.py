@@ -491,9 +491,14 @@ def test_what_gptq_refuses() -> None:
     with pytest.raises(QuantisationError, match="use `quantise`"):
         gptq(net, [x], targets="proj")
     two = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
-    two.forward = two["a"].forward  # type: ignore[method-assign]
+    two.forward = lambda x: two["a"](input=x)  # type: ignore[method-assign, assignment]
+    before = snapshot(two)
     with pytest.raises(QuantisationError, match="No batch reaches"):
-        gptq(two, [(draw(3, 8).float(),)], targets="a,b", blocksize=8)
+        gptq(two, [draw(3, 8).float()], targets="a,b", blocksize=8)
+    with pytest.raises(QuantisationError, match="'a'.* is not finite"):
+        gptq(two, [torch.full((3, 8), float("nan"))], targets="a", blocksize=8)
+    assert differences(before, snapshot(two)) == []  # "a" would have been quantised before "b"
+    assert gptq(two, [draw(3, 8).float()], targets="a", blocksize=8).layers == 1
     with pytest.raises(QuantisationError, match="expected the inputs"):
         quantise(One(), targets="proj", mode="int4", blocksize=0)
 
