@@ -35,21 +35,30 @@ def fisher(
 ) -> dict[int, Tensor]:
     """id of a module -> mean over batches of the squared gradient of its weight, (d_out, d_in)
 
-    Of one example each, they are the diagonal of the Fisher information. loss(model, batch): a scalar.
+    Of one example each, they are the diagonal of the Fisher information. loss(model, batch): a scalar. Errors:
+    QuantisationError, also for a weight that no batch gives a gradient.
     """
     modules, held = adapted(model, label), list(batches)
+    if not held:
+        raise QuantisationError("fisher got no batches, so there is nothing to weigh errors by. Give some.")
+    check_before(model)
     weights = [cast(nn.Parameter, m._parameters["weight"]) for m in modules]
     flags = [(w, w.requires_grad) for w in weights]
-    sums = [torch.zeros(w.shape, device=w.device) for w in weights]
+    sums, reached = [torch.zeros(w.shape, device=w.device) for w in weights], set[int]()
     try:
         for w in weights:
             w.requires_grad_(True)
         for batch in held:
-            for total, gradient in zip(sums, torch.autograd.grad(loss(model, batch), weights), strict=True):
-                total.add_(gradient.float().square(), alpha=1 / len(held))
+            gradients = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
+            for index, gradient in enumerate(gradients):
+                if gradient is not None:
+                    sums[index].add_(gradient.float().square(), alpha=1 / len(held))
+                    reached.add(index)
     finally:
         for w, flag in flags:
             w.requires_grad_(flag)
+    if idle := [name for name, m in model.named_modules() if m in modules and modules.index(m) not in reached]:
+        raise QuantisationError(f"No batch gives {idle[:3]} a gradient. Give batches that do, or target others.")
     return {id(m): oriented(m, total) for m, total in zip(modules, sums, strict=True)}
 
 
@@ -64,13 +73,18 @@ def quantise_within(
     """Quantise what `LQLoRA` is on, each weight in codes of its own, at most `budget` bits a parameter; name -> codes
 
     Every weight is decomposed with every configuration, and `scipy.optimize.milp` chooses: least sum of squared errors.
-    fisher: of the function of that name. Errors: QuantisationError, ImportError without scipy.
+    fisher: of the function of that name, for this very model. Errors: QuantisationError, ImportError without scipy.
     """
     grid, known = list(configurations), dict(fisher or {})
     modules = adapted(model, label)
     check_before(model)
     check_untrained(model)
     names = {id(m): name for name, m in model.named_modules()}
+    if fisher is not None and (without := [names[id(m)] for m in modules if id(m) not in known]):
+        raise QuantisationError(
+            f"fisher says nothing of {without[:3]}. It knows the modules of one model by what they are, not by their "
+            "names: take it on this very one, not on a copy."
+        )
     chosen, left = choose(model, [f"re:{re.escape(names[id(m)])}" for m in modules], None)
     if left:
         raise QuantisationError(f"Some of what LQLoRA is on cannot be quantised: {left}. Target others.")

@@ -824,6 +824,25 @@ def test_fisher_information_of_a_model_is_taken_and_used() -> None:
     assert lost[0] < 0.95 * lost[1]
 
 
+def test_fisher_information_that_says_nothing() -> None:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    two = nn.ModuleDict({"a": One(), "b": One()})
+    two.forward = lambda x: two["a"](x)  # type: ignore[method-assign, assignment]
+    LQLoRA(targets="*proj", rank=2, heads=None).apply(two)
+    with pytest.raises(QuantisationError, match=r"No batch gives \['b.proj'\]"):
+        fisher(two, [draw(3, 64).float()], loss)
+    with pytest.raises(QuantisationError, match="no batches"):
+        fisher(two, [], loss)
+    assert not any(m.proj.weight.requires_grad for m in two.values())  # type: ignore[union-attr]
+    net = One()
+    LQLoRA(targets="proj", rank=2, heads=None).apply(net)
+    other = copy.deepcopy(net)
+    with pytest.raises(QuantisationError, match="says nothing of .'proj'.*not on a copy"):
+        quantise_within(net, 4.0, fisher=fisher(other, [draw(3, 64).float()], loss))
+
+
 def test_what_a_budget_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     net = One()
     LoRA(targets="proj", heads=None).apply(net)
