@@ -133,7 +133,7 @@ def by_block(model: nn.Module, chosen: Mapping[str, nn.Module]) -> list[list[str
 def hessians(
     model: nn.Module, modules: Mapping[str, nn.Module], batches: list[Any], reach: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """name -> sum of x x^T over all that goes into the module, (d_in, d_in) fp32; reach: more that must get something"""
+    """name -> sum of x x^T over all that goes into the module, (d_in, d_in) fp32; reach: more that must get some"""
     sums: dict[str, Tensor] = {}
     everything = {**reach, **modules}
 

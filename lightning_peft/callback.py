@@ -358,6 +358,16 @@ def audit(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     check_equal_across_ranks(pl_module, sorted(wanted))
 
 
+def check_in_training(pl_module: pl.LightningModule, method: PEFT) -> None:
+    """Raise where a method does in eval mode something else than it trains with, and the model is in eval mode."""
+    placements = state.get_applied(pl_module, method.name_on_model).placements
+    if idle := [x.site or type(pl_module).__name__ for x in placements if not x.place.training]:
+        raise LifeCycleError(
+            f"{type(method).__name__} acts in training mode, and {len(idle)} of its {len(placements)} places are in "
+            f"eval mode ({idle[0]!r}, ...), as from_pretrained gives them. Call .train() on the network before fit."
+        )
+
+
 def announce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """A table of the methods and one line of counts, on rank zero."""
     facts = state.describe(pl_module)

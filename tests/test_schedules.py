@@ -825,7 +825,13 @@ def test_longlora_in_a_trainer_and_out_of_it(tmp_path: Path) -> None:
     module = Language(zoo.build("llama"))
     method = LongLoRA(rank=2)
     before = output(module.net, "llama")
-    trainer(tmp_path, [method], max_steps=8, max_epochs=-1).fit(module, sentences(2, 16))
+    fit = trainer(tmp_path, [method], max_steps=8, max_epochs=-1)
+    for other in (method, LoRADropout(rank=2, label="other")):
+        with pytest.raises(LifeCycleError, match="Call .train"):  # from_pretrained gives models in eval mode
+            trainer(tmp_path, [other], max_steps=1).fit(module, sentences(2, 16))
+        other.remove(module)
+    module.net.train()
+    fit.fit(module, sentences(2, 16))
     assert module.losses[-1] < module.losses[0]
     module.eval()
     expected = output(module.net, "llama")
@@ -953,6 +959,40 @@ def test_an_ensemble_in_a_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.stack(outputs).mean(0), atol=1e-6, rtol=1e-6)
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-4)
     same_through_a_checkpoint(lambda: LoRADropout(targets="q,v", rank=2), tmp_path / "again", 3, 6)
+
+
+class Towers(LightningModule):
+    """Two networks that see the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = zoo.build("bert"), zoo.build("bert")
+
+    def compare(self, x: Tensor) -> Tensor:
+        return (self.left(input_ids=x).logits * self.right(input_ids=x).logits).sum(-1)
+
+
+class Whole(Towers):
+    """With a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compare(x)
+
+
+def test_an_ensemble_over_several_networks() -> None:
+    x = torch.arange(3, 9)[None]
+    towers, whole, direct = Towers(), Whole(), Language(nn.Linear(6, 6))
+    for module in (towers, direct):
+        with pytest.raises(TargetError, match="has no forward"):  # nothing would call what goes around it
+            LoRADropout(targets="*query" if module is towers else "net", rank=2).apply(module)
+    LoRADropout(targets="*query", rank=2, ensemble=3).apply(whole)
+    perturb(whole, 0.3)
+    calls: list[int] = []
+    whole.left.register_forward_hook(lambda *_: calls.append(1))
+    whole.eval()(x)
+    assert len(calls) == 3
+    LoRADropout(targets="*query", rank=2, ensemble=0).apply(towers)
+    LoRADropout(targets="left.*query", rank=2, label="left").apply(Towers())
 
 
 def test_an_ensemble_keeps_no_cache() -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.callback import PEFT
+from lightning_peft.callback import PEFT, check_in_training
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
@@ -184,6 +185,10 @@ class LongLoRA(PEFT, name="longlora", family="reparametrisation", paper="2309.12
     @property
     def keeps_original(self) -> bool:
         return self.keep_base
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        check_in_training(pl_module, self)
 
     def parts(self) -> tuple[PEFT, ...]:
         where: dict[str, Any] = {"layers": self.layers, "exclude": self.exclude, "roles": self.roles}

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.callback import PEFT
+from lightning_peft.callback import PEFT, check_in_training
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import not_negative, positive, probability
 from lightning_peft.core.init import Draw
 from lightning_peft.core.low_rank import LowRank
 from lightning_peft.core.method import common
-from lightning_peft.core.sites import Site, Sites
+from lightning_peft.core.sites import Site, Sites, TargetError
 from lightning_peft.core.targets import Shape, matrix_shape
 
 
@@ -125,6 +126,10 @@ class LoRADropout(PEFT, name="lora_dropout", family="reparametrisation", paper="
         not_negative(self, "alpha", "ensemble")
         probability(self, "p")
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        check_in_training(pl_module, self)
+
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         member = Member()
         for site in sites:
@@ -133,13 +138,18 @@ class LoRADropout(PEFT, name="lora_dropout", family="reparametrisation", paper="
             adapter.member = member
             yield site, adapter
         if self.ensemble and sites:
-            name, network = network_of(sites.model, common([site.name for site in sites]))
+            name, network = network_of(sites.model, [site.name for site in sites])
             yield Site(name, network, None), Ensemble(self.ensemble, member)
 
 
-def network_of(model: nn.Module, inside: str) -> tuple[str, nn.Module]:
-    """What is called as a whole: the model, or the network that a LightningModule holds."""
-    import lightning.pytorch as pl
-
-    name = inside.partition(".")[0] if isinstance(model, pl.LightningModule) else ""
+def network_of(model: nn.Module, sites: list[str]) -> tuple[str, nn.Module]:
+    """What is called as a whole: the model, or the network that a LightningModule holds, or itself by its `forward`."""
+    name = common(sites).partition(".")[0] if isinstance(model, pl.LightningModule) else ""
+    name = "" if name in sites else name  # a projection is no network
+    if not name and isinstance(model, pl.LightningModule) and type(model).forward is pl.LightningModule.forward:
+        raise TargetError(
+            f"LoRADropout's ensemble goes around one network that this {type(model).__name__} holds, and there is none "
+            f"that holds {sites[0]!r} and {sites[-1]!r}; the module itself has no forward. Write one and call it, give "
+            "each network a LoRADropout with a label of its own, or use ensemble=0."
+        )
     return name, model.get_submodule(name)
