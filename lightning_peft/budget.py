@@ -80,11 +80,8 @@ def quantise_within(
     check_before(model)
     check_untrained(model)
     names = {id(m): name for name, m in model.named_modules()}
-    if fisher is not None and (without := [names[id(m)] for m in modules if id(m) not in known]):
-        raise QuantisationError(
-            f"fisher says nothing of {without[:3]}. It knows the modules of one model by what they are, not by their "
-            "names: take it on this very one, not on a copy."
-        )
+    if fisher is not None:
+        check_fisher(fisher, modules, names)
     chosen, left = choose(model, [f"re:{re.escape(names[id(m)])}" for m in modules], None)
     if left:
         raise QuantisationError(f"Some of what LQLoRA is on cannot be quantised: {left}. Target others.")
@@ -105,6 +102,15 @@ def quantise_within(
         for module in chosen.values():
             weigh(module, None)
     return out
+
+
+def check_fisher(fisher: Mapping[int, Tensor], modules: list[nn.Module], names: dict[int, str]) -> None:
+    """Raise where it says nothing of a module."""
+    if without := [names[id(m)] for m in modules if id(m) not in fisher]:
+        raise QuantisationError(
+            f"fisher says nothing of {without[:3]}. It knows the modules of one model by what they are, not by their "
+            "names: take it on this very one, not on a copy."
+        )
 
 
 def adapted(model: nn.Module, label: str | None) -> list[nn.Module]:
