@@ -85,7 +85,7 @@ def decompose(
     """From Q = 0: L1 L2 <- rank-r part of W - Q, Q <- codes of W - L1 L2, until the error grows; the best is kept
 
     fisher: (d_out, d_in), weights the error. The part is then that of D_row (W - Q) D_col, D the roots of the mean of F
-    over rows and columns, divided by D again; the error counts F itself. Source: algorithms 1 and 2.
+    over rows and columns, divided by D again; the error counts F itself.
     """
     exact = weight.float()
     rows, columns = roots(fisher, 1), roots(fisher, 0)

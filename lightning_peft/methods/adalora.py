@@ -60,7 +60,7 @@ class AdaLoRA(PEFT, name="adalora", family="reparametrisation", paper="2303.1051
     """y = W x + (alpha / rank) P diag(l) Q x, the sum of ranks falls from rank to target a site
 
     l (rank,) starts at zero, P (d_out, rank) and Q (rank, d_in) at N(0, 0.02^2): the base at step 0. rank * (d_in +
-    d_out + 1) parameters a site. Source: sections 3.1 to 3.3, algorithm 1.
+    d_out + 1) parameters a site.
 
     After each optimizer step the sensitivity |w dL/dw| of every entry and its variability are averaged (beta1, beta2);
     every `interval` steps the triplets of least mean * variability, over all sites together, get l = 0, as many as the

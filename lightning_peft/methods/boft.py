@@ -69,8 +69,8 @@ class BOFT(PEFT, name="boft", family="reparametrisation", paper="2311.06243", me
 
     Each block is (I + Q) (I - Q)^-1 with Q = -Q^T. Q starts at zero, s at one: the base at step 0.
     factors * d_in (block_size - 1) / 2 + d_out parameters a site. The factors are applied one after the other by views
-    of the input: no permutation matrix, no product with W. d_in is a multiple of block_size * 2^(factors - 1). Source:
-    sections 3 and 4; in rows, x R_m ... R_1.
+    of the input: no permutation matrix, no product with W. d_in is a multiple of block_size * 2^(factors - 1). In
+    rows, x R_m ... R_1.
     """
 
     targets: str | list[str] | None = "q,v"

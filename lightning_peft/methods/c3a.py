@@ -79,7 +79,7 @@ class C3A(PEFT, name="c3a", family="reparametrisation", paper="2407.19342", merg
     """y = W x + C x / d_in, C of circulant blocks: circular convolutions with trained kernels, by FFT
 
     One kernel of block_size numbers a block, zero at the start: the base at step 0. d_in d_out / block_size parameters
-    a site, the change of full rank if need be. block_size divides d_in and d_out. Source: section 3.
+    a site, the change of full rank if need be. block_size divides d_in and d_out.
 
     init: "xavier" (the authors'), "kaiming" or "gaussian" kernels are small changes at step 0, through 1 / d_in.
     """

@@ -61,7 +61,7 @@ class CorDA(CalibratedLoRA, name="corda", family="reparametrisation", paper="240
     at the largest, so that what matters on them is adapted. A, B start at A0, B0: the base at step 0. Until `batches`
     were seen it is plain LoRA, and `fit` sees them first. rank * (d_in + d_out) parameters a site; files hold plain
     LoRA
-    of rank 2r. Source: sections 3.2 to 3.4.
+    of rank 2r.
     """
 
     init: Literal["corda"] = "corda"  # type: ignore[assignment]

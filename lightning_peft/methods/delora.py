@@ -56,8 +56,7 @@ class DeLoRA(PEFT, name="delora", family="reparametrisation", paper="2503.18225"
     The direction of each rank-one part is trained apart from its strength lambda, so that the change is bounded by
     lambda, relative to W. A (rank, d_in) starts Kaiming-uniform, B (d_out, rank) at zero: the base at step 0 (lengths
     count as 1e-4 at least). rank * (d_in + d_out) + 1 parameters a site. n, the lengths of W's columns, is measured
-    once and goes into the file. Source: section 3; lengths by column instead of one norm of W as the authors' code has
-    it.
+    once and goes into the file. Lengths are by column, instead of one norm of W, as the authors' code has it.
     """
 
     targets: str | list[str] | None = "q,v"

@@ -48,7 +48,7 @@ class EVA(CalibratedLoRA, name="eva", family="reparametrisation", paper="2410.07
     A (rank, d_in) orthonormal, B zero: the base at step 0. The directions are kept up to date batch by batch, about
     the mean of x (center); whiten divides each by the square root of its singular value. Ranks stay as given: there is
     no redistribution among sites (the paper's rho = 1). Until `batches` were seen it is plain LoRA, and `fit` sees them
-    first. rank * (d_in + d_out) parameters a site. Source: section 3.
+    first. rank * (d_in + d_out) parameters a site.
     """
 
     init: Literal["eva"] = "eva"  # type: ignore[assignment]

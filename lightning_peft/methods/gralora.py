@@ -66,7 +66,7 @@ class GraLoRA(PEFT, name="gralora", family="reparametrisation", paper="2505.2035
 
     Each A starts Kaiming-uniform, each B at zero: the base at step 0. rank * (d_in + d_out) parameters a site, as LoRA
     of that rank, with a change of rank up to blocks * rank. Two block-wise products and a transposition between them.
-    dropout acts on the input. Source: section 3.
+    dropout acts on the input.
 
     hybrid: rank of a LoRA beside it; the scale is then alpha / (rank + hybrid).
     """

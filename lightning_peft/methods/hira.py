@@ -78,7 +78,7 @@ class HiRA(PEFT, name="hira", family="reparametrisation", paper="", mergeable=Tr
     """y = W x + (W * B A) x
 
     An update of high rank from factors of low rank: A (rank, d_in) Kaiming-uniform, B (d_out, rank) zero: the base at
-    step 0. rank * (d_in + d_out) parameters a site. W * B A is not kept for the backward pass. Source: section 3.2.
+    step 0. rank * (d_in + d_out) parameters a site. W * B A is not kept for the backward pass.
     """
 
     targets: str | list[str] | None = "q,v"

@@ -67,10 +67,10 @@ class HRA(PEFT, name="hra", family="reparametrisation", paper="2405.17484", merg
     """y = W H_1 ... H_r x, H_i = I - 2 u_i u_i^T / |u_i|^2
 
     The rank is even and neighbours start equal (Kaiming-uniform), so that they undo each other: the base at step 0.
-    rank * d_in parameters a site. Source: section 3.1; the initial vectors section 3.3.
+    rank * d_in parameters a site.
 
     orthogonality: weight of the penalty |U^T U - I|^2 on unit vectors, which leads from a chain of any reflections to
-    one of orthogonal ones (equation 5).
+    one of orthogonal ones.
     """
 
     targets: str | list[str] | None = "q,v"

@@ -41,7 +41,7 @@ class LoHa(PEFT, name="loha", family="reparametrisation", paper="2108.06098", me
     """y = W x + (alpha / rank) ((B_1 A_1) * (B_2 A_2)) x
 
     B_1, A_1 and B_2 are Kaiming-uniform, A_2 zero: the base at step 0. The elementwise product has a rank of up to
-    rank^2; 2 rank (d_in + d_out) parameters a site. Source: FedPara, section 2.2; LyCORIS, section 3.
+    rank^2; 2 rank (d_in + d_out) parameters a site. FedPara, as LyCORIS has it.
     """
 
     targets: str | list[str] | None = "q,v"

@@ -157,7 +157,7 @@ class LongLoRA(PEFT, name="longlora", family="reparametrisation", paper="2309.12
 
     The sequence is cut into `groups` of equal length (the last may be shorter); a token sees its own group, and in the
     second half of the heads the groups lie half a group further. In eval mode attention is the model's own, in full:
-    the base at step 0. LoRA has rank * (d_in + d_out) parameters a site. Source: sections 3.2 and 3.3.
+    the base at step 0. LoRA has rank * (d_in + d_out) parameters a site.
 
     wrap: the last half group sees the first one and the other way round, as in the authors' plain code; tokens then
     see later ones. trained: what trains in place beside LoRA; embeddings that the head is tied to are refused.

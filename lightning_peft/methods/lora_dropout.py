@@ -106,7 +106,7 @@ class LoRADropout(PEFT, name="lora_dropout", family="reparametrisation", paper="
 
     A (rank, d_in) starts Kaiming-uniform, B (d_out, rank) at zero: the base at step 0. rank * (d_in + d_out) parameters
     a site. Columns of A and rows of B are dropped with probability p, the same for all tokens of a batch, and nothing
-    is rescaled. Source: section 3.
+    is rescaled.
 
     ensemble: in eval mode the outputs of this many masks (of `seed`) are averaged, with as many forwards; it cannot be
     merged. 0: one forward with the expectation (1 - p)^2 B A, which can. rescale: kept entries are divided by 1 - p in

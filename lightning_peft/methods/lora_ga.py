@@ -59,7 +59,7 @@ class LoRAGA(CalibratedLoRA, name="lora_ga", family="reparametrisation", paper="
     with the mean root of W's largest singular values over s, "unit" with one. A, B start at A0, B0: the base at step 0.
     Until `batches` were seen it is plain LoRA, and `fit` sees them first. rank * (d_in + d_out) parameters a site;
     files
-    hold plain LoRA of rank 2r. Source: section 3, algorithm 1.
+    hold plain LoRA of rank 2r.
     """
 
     init: Literal["lora_ga"] = "lora_ga"  # type: ignore[assignment]

@@ -36,7 +36,7 @@ class LQLoRA(LoftQ, name="lqlora", family="reparametrisation", paper="2311.12023
     `quantise_within(model, budget)`, which gives each weight its own codes so that a mean number of bits is met, and
     takes the Fisher information F. Starts with the rank-r part of W, then the codes of the rest, until the error grows,
     at most `iterations` times; the best is kept (the paper's code keeps the one after it). A, B are divided by sqrt(s).
-    rank * (d_in + d_out) parameters a site; files as those of LoftQ. Source: sections 3.1 to 3.3.
+    rank * (d_in + d_out) parameters a site; files as those of LoftQ.
     """
 
     init: Literal["lqlora"] = "lqlora"  # type: ignore[assignment]

@@ -53,7 +53,7 @@ class MiSS(PEFT, name="miss", family="reparametrisation", paper="2409.15371", me
 
     W's columns fall into shards of `rank`, all of which get the same change B (d_out, rank): a product of rank `rank`
     of which only one factor trains and the other is a sum. B starts at zero: the base at step 0. rank * d_out
-    parameters a site. The last shard may be shorter. Source: section 3.
+    parameters a site. The last shard may be shorter.
 
     rows: B has only so many rows, repeated down the outputs; rank * rows parameters. dropout acts on the input.
     """

@@ -39,7 +39,7 @@ class MultiLoRA(PEFT, name="multilora", family="reparametrisation", paper="2311.
 
     `modules` products beside each other; all A_n (rank, d_in) and B_n (d_out, rank) are Kaiming-uniform, the gains
     g_n (d_out,) zero: the base at step 0, where only the gains have a gradient. modules (rank (d_in + d_out) + d_out)
-    parameters a site. Source: section 4.
+    parameters a site.
     """
 
     targets: str | list[str] | None = "q,v"

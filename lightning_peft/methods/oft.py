@@ -38,7 +38,7 @@ class OFT(PEFT, name="oft", family="reparametrisation", paper="2306.07280", merg
     """y = W R x, R block-diagonal and orthogonal, each block (I + Q) (I - Q)^-1 with Q = -Q^T
 
     Q starts at zero: the base at step 0. d_in (block_size - 1) / 2 parameters a site; with `shared` one block for all,
-    block_size (block_size - 1) / 2. The input is turned, so that no product with W is added. Source: section 3.2; in
+    block_size (block_size - 1) / 2. The input is turned, so that no product with W is added: in
     rows, x R.
 
     neumann: in place of the exact inverse `terms` terms of its series, I + 2 Q + 2 Q^2 + 2 Q^3 + Q^4 for 5

@@ -29,7 +29,6 @@ class OLoRA(StartedLoRA, name="olora", family="reparametrisation", paper="2406.0
 
     A, B start at A0, B0: the base at step 0. The weight itself is not changed: s B0 A0 is subtracted beside it, or
     taken out of it before it is quantised. rank * (d_in + d_out) parameters a site; files hold plain LoRA of rank 2r.
-    Source: section 3, algorithm 1.
     """
 
     init: Literal["olora"] = "olora"  # type: ignore[assignment]

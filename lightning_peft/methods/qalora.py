@@ -64,7 +64,7 @@ class QALoRA(PEFT, name="qalora", family="reparametrisation", paper="2309.14717"
     scales stay as they are, and nothing is rounded. group must be a multiple of that blocksize, and divide d_in. On
     floats and other codes it merges as LoRA does. rank * (d_in / group + d_out) parameters a site.
     pool: "sum" is the paper's, "mean" that of the released code, which has the scale divided by group. Source:
-    section 3.3 and algorithm 1.
+    algorithm 1.
     """
 
     targets: str | list[str] | None = "all-linear"

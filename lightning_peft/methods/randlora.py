@@ -53,7 +53,6 @@ class RandLoRA(PEFT, name="randlora", family="reparametrisation", paper="2502.00
     As many products of `rank` as give full rank. A (rank, d) and B_n (D, rank), d and D the smaller and the larger of
     the widths, are uniform of unit variance, one basis for all sites, drawn from the seed and kept in no file. l_n
     (rank,) starts at zero, g_n (d,) at a constant: the base at step 0. ceil(d / rank) (rank + d) parameters a site.
-    Source: section 3.
     """
 
     targets: str | list[str] | None = "q,v"

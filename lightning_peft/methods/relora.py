@@ -124,8 +124,7 @@ class ReLoRA(Restarting, name="relora", family="reparametrisation", paper="2307.
     """y = W x + (alpha / rank) B A x; every T steps W <- W + (alpha / rank) B A, A drawn anew, B = 0
 
     A (rank, d_in) is Kaiming-uniform, B (d_out, rank) zero: the base at step 0, and at each restart what it was before.
-    The change after N restarts has a rank of up to (N + 1) rank. rank * (d_in + d_out) parameters a site. Source:
-    section 3 and algorithm 1.
+    The change after N restarts has a rank of up to (N + 1) rank. rank * (d_in + d_out) parameters a site.
 
     every: optimizer steps between restarts; give the scheduler `jagged_cosine` the same. prune: which `share` of the
     optimizer's moments is zeroed at a restart: the smallest ("magnitude"), "random" ones, or all ("reset").

@@ -49,7 +49,7 @@ class ReMoRA(Restarting, name="remora", family="reparametrisation", paper="2405.
     M (n, n) starts at zero: the base at step 0, and at each restart what it was before. n^2 parameters a site, as many
     as MoRA. types: the maps (1 to 4 of MoRA) that are gone through, over and over; type 6 has an M of another size.
     The optimizer's state of M is dropped at a restart, as in the paper; the learning rate should rise again
-    (`jagged_cosine`, 50 steps). The other fields are ReLoRA's. Source: section 4.3.
+    (`jagged_cosine`, 50 steps). The other fields are ReLoRA's.
     """
 
     targets: str | list[str] | None = "q,v"

@@ -53,7 +53,7 @@ class RoAd(PEFT, name="road", family="reparametrisation", paper="2409.00119", me
     """(y_i, y_j) = alpha (cos t u_i - sin t u_j, sin t u_i + cos t u_j) of pairs (i, j) of u = W x + b
 
     i lies in the first half of a group of `group_size` outputs and j at the same place of the second. Angles start at
-    zero, lengths at one: the base at step 0. Products of numbers only. Source: section 3.
+    zero, lengths at one: the base at step 0. Products of numbers only.
 
     variant: 1 shares alpha and t in a pair (d_out parameters a site), 2 has one of each an output (2 d_out), 4 one of
     each an entry of the 2 x 2 matrix (4 d_out).

@@ -123,7 +123,7 @@ class SHiRA(PEFT, name="shira", family="reparametrisation", paper="2406.13175", 
     """y = (W + S) x, S sparse: trained values at random places
 
     The values start at zero: the base at step 0. rank * (d_in + d_out) parameters a site, as many as LoRA's, with a
-    change of high rank. The places are drawn from the seed and go into the file. Source: section 3, SHiRA-Rand.
+    change of high rank. The places are drawn from the seed and go into the file. The paper's SHiRA-Rand.
     """
 
     targets: str | list[str] | None = "q,v"

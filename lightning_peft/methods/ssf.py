@@ -52,8 +52,7 @@ class SSF(PEFT, name="ssf", family="reparametrisation", paper="2210.08823", merg
     """y = gamma * (W x + b) + beta
 
     gamma starts at one, beta at zero: the base at step 0 (the authors draw both with a deviation of 0.02). 2 d_out
-    parameters a site. The authors put one after every operation, norms included; here it goes to projections. Source:
-    section 3.2.
+    parameters a site. The authors put one after every operation, norms included; here it goes to projections.
 
     shift: False leaves beta out, so that projections without a bias can be merged too; d_out parameters.
     """

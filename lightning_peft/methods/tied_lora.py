@@ -70,7 +70,7 @@ class TiedLoRA(PEFT, name="tied_lora", family="reparametrisation", paper="2311.0
     q, k and v of a layer are one projection, as in the paper: they share A (rank, d_in) and u (rank,), each has its own
     rows B (d_out, rank) and v (d_out,). Otherwise there is one pair A, B for the sites of one role and shape. A is
     Kaiming-uniform; B starts at zero and u, v at one: the base at step 0. A frozen B is random, and v starts at zero.
-    rank (d_in + d_out) parameters in all, and rank + d_out a site. Source: section 3.
+    rank (d_in + d_out) parameters in all, and rank + d_out a site.
 
     train_a, train_b, train_u, train_v: what trains; all is TL6, without u and v it is TL5. tied: False gives each site
     an A and a B of its own. What is frozen is saved with the adapter.

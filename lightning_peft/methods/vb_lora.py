@@ -67,7 +67,7 @@ class VBLoRA(PEFT, name="vb_lora", family="reparametrisation", paper="2405.15179
 
     The bank (vectors, length) trains and is one for all sites; it starts uniform within `bank_bound`, the logits
     Gaussian, so that step 0 is near the base and not equal to it. `length` has to divide the widths. vectors * length
-    parameters in all, and vectors rank (d_in + d_out) / length a site. Source: section 3.
+    parameters in all, and vectors rank (d_in + d_out) / length a site.
     """
 
     targets: str | list[str] | None = "q,v"
