@@ -6,6 +6,7 @@ One implementation for the callback alone (it lends these functions to a plain s
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -182,12 +183,26 @@ def numbered_optimizer_state(module: nn.Module, optimizer: Optimizer, given: Map
             f"here: "
             f"{_some(sorted(set(names) - saved))}. Resume with the same method and the same heads."
         )
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    check_groups(names, [group["params"] for group in given["param_groups"]], sizes)
     number = {name: index for index, name in enumerate(names)}
     groups, start = [], 0
     for group, own in zip(given["param_groups"], optimizer.param_groups, strict=True):
         groups.append({**group, "params": list(range(start, start + len(own["params"])))})
         start += len(own["params"])
     return {**given, "state": {number[name]: value for name, value in given["state"].items()}, "param_groups": groups}
+
+
+def check_groups(names: list[str], saved: list[list[str]], sizes: list[int]) -> None:
+    """Raise where the saved groups are not those of the optimizer, whose settings the saved ones would take over."""
+    ends = itertools.accumulate(sizes)
+    own = [names[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    if [set(group) for group in own] != [set(group) for group in saved]:
+        raise CheckpointError(
+            f"The checkpoint has its {len(names)} trained parameters in groups of {[len(g) for g in saved]}, the "
+            f"optimizer in groups of {sizes} or in others. Each group has a learning rate of its own: resume with the "
+            f"groups of the checkpoint (the same lora_plus), {BEGIN_ANEW}"
+        )
 
 
 HIDDEN = "__bnb_optimizer_quant_state__"  # under which bitsandbytes saves the tensors of a parameter's state

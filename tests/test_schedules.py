@@ -32,6 +32,7 @@ from lightning_peft import (
     save_adapter,
 )
 from lightning_peft.callback import LifeCycleError
+from lightning_peft.checkpoint import CheckpointError
 from lightning_peft.core import state
 from lightning_peft.core.adapter import NotMergeableError
 from lightning_peft.core.attention import scaled_dot_product
@@ -589,6 +590,24 @@ def test_relora_restarts_by_optimizer_steps_and_prunes(tmp_path: Path) -> None:
     assert [by_step[t][1] for t in (2, 4)] == [1.0, 1.0]
     assert by_step[3][1] < 0.5
     assert method.restarts == 2
+
+
+def test_a_run_goes_on_with_the_groups_of_its_checkpoint(tmp_path: Path) -> None:
+    def run(ratio: float | None, ckpt: Path | None = None) -> list[float]:
+        net = zoo.build("llama").train()
+        module = Language(net)
+        module.make = lambda _: optimizer_of(net, plus(lambda groups: torch.optim.AdamW(groups, lr=0.5), ratio))
+        fit = trainer(tmp_path, [LoRA(rank=2, heads=None)], max_steps=1 if ckpt is None else 2, max_epochs=-1)
+        fit.fit(module, sentences(2), ckpt_path=ckpt, weights_only=None if ckpt is None else True)
+        fit.save_checkpoint(tmp_path / f"{ratio}.ckpt")
+        return [group["lr"] for group in fit.optimizers[0].param_groups]
+
+    assert run(None) == [0.5]
+    assert run(8.0) == [0.5, 4.0]
+    assert run(8.0, tmp_path / "8.0.ckpt") == [0.5, 4.0]
+    for ratio, other in ((None, "8.0"), (8.0, "None")):
+        with pytest.raises(CheckpointError, match="in groups of"):
+            run(ratio, tmp_path / f"{other}.ckpt")
 
 
 class Thrice(Boring):
