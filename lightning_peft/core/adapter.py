@@ -70,6 +70,9 @@ class Adapter(nn.Module):
         """Weight (d_out, d_in) and bias (d_out,) of a plain projection that computes what the adapted one does."""
         return weight + self.delta(weight), bias
 
+    def check_fold(self) -> None:
+        """Raise `NotMergeableError` where there is no weight at all that could take the change."""
+
     def grouped(self, group: int) -> Tensor | None:
         """The change of the weight as (d_out, d_in / group), where it is one number for all inputs of a group.
 

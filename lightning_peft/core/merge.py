@@ -195,6 +195,8 @@ def _check(model: nn.Module, applied: Applied) -> None:
             f"(enabled(False) "
             "switches it off, remove takes it away). `lightning-peft methods` lists what can be merged."
         )
+    for placement in foldable(applied):
+        placement.adapter.check_fold()
     check_tied(model, applied)
     check_inner(applied)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT, check_in_training
 from lightning_peft.core import state
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, NotMergeableError
 from lightning_peft.core.fields import FieldError, not_negative, positive, probability
 from lightning_peft.core.method import Info
 from lightning_peft.core.sites import Site, Sites, TargetError, sites
@@ -122,6 +122,12 @@ class Interpolation(Adapter):
 
     def forward(self, base: Callable[..., Any], x: Tensor, position_ids: Tensor, **options: Any) -> Any:
         return base(x, position_ids / self.factor, **options)
+
+    def check_fold(self) -> None:
+        raise NotMergeableError(
+            f"Positions are divided by {self.factor}, which is in no weight. Leave LongLoRA attached, or load the base "
+            'with rope_type="linear" and that factor, and LongLoRA with interpolation=1 on it.'
+        )
 
 
 class Sparse(PEFT):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT, check_in_training
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, NotMergeableError
 from lightning_peft.core.fields import not_negative, positive, probability
 from lightning_peft.core.init import Draw
 from lightning_peft.core.low_rank import LowRank
@@ -86,6 +86,12 @@ class Ensemble(Adapter):
         finally:
             self.member.now = None
         return mean(outputs)
+
+    def check_fold(self) -> None:
+        raise NotMergeableError(
+            f"The outputs of {self.count} masks are averaged, which no weight does. Leave it attached, or put "
+            "the expectation in its place, which merges: LoRADropout(ensemble=0)."
+        )
 
 
 def mean(values: list[Any]) -> Any:
