@@ -108,7 +108,7 @@ class VirtualTokens(Tokens):
         if (positions := call.get("position_ids")) is not None:
             call["position_ids"] = self.shifted(positions, fresh)
         elif self.counts and mask is not None and mask.dim() == 2:
-            call["position_ids"] = self.counted(mask, embeds.shape[1])
+            call["position_ids"] = self.numbered(mask, embeds.shape[1])
         elif fresh and ids is not None and (padding := padded_positions(self.owner)) is not None:
             real = F.pad((ids != padding).long(), (length, 0), value=1)
             call["position_ids"] = real.cumsum(1) * real + padding
@@ -137,7 +137,7 @@ class VirtualTokens(Tokens):
             "in a causal model (batch, 1, time, time) for packed texts, and generate with the default dynamic cache."
         )
 
-    def counted(self, mask: Tensor, time: int) -> Tensor:
+    def numbered(self, mask: Tensor, time: int) -> Tensor:
         """Positions that do not count padding on the left, so that the prompt is as near as in a text alone."""
         text = torch.arange(mask.shape[1], device=mask.device) - (mask.cumsum(1) == 0).sum(1, keepdim=True)
         every = self.shifted(text.clamp(min=0), fresh=True)

@@ -1,12 +1,12 @@
 """One file a method. Importing this package fills the registry; the list below is the only other thing to touch."""
 
 from lightning_peft.methods.adalora import AdaLoRA
+from lightning_peft.methods.adamix import AdaMix
 from lightning_peft.methods.adapter_fusion import AdapterFusion
 from lightning_peft.methods.adapterdrop import AdapterDrop
 from lightning_peft.methods.adaptformer import AdaptFormer
-from lightning_peft.methods.bapna import Bapna
-from lightning_peft.methods.adamix import AdaMix
 from lightning_peft.methods.attention_fusion import AttentionFusion
+from lightning_peft.methods.bapna import Bapna
 from lightning_peft.methods.bitfit import BitFit
 from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
@@ -55,8 +55,8 @@ from lightning_peft.methods.nola import NOLA
 from lightning_peft.methods.noreft import NoReFT
 from lightning_peft.methods.oft import OFT
 from lightning_peft.methods.olora import OLoRA
-from lightning_peft.methods.p_tuning_v2 import PTuningV2
 from lightning_peft.methods.p_tuning import PTuning
+from lightning_peft.methods.p_tuning_v2 import PTuningV2
 from lightning_peft.methods.parallel import ParallelAdapter
 from lightning_peft.methods.pfeiffer import Pfeiffer
 from lightning_peft.methods.pissa import PiSSA
@@ -79,24 +79,18 @@ from lightning_peft.methods.vpt import VPT
 from lightning_peft.methods.waveft import WaveFT
 
 __all__ = [
-    "AdapterFusion",
-    "AdapterDrop",
-    "Invertible",
-    "OutputAdapter",
-    "InputAdapter",
-    "AdaptFormer",
-    "Bapna",
-    "Pfeiffer",
-    "SparseAdapter",
-    "AdaMix",
-    "PHMAdapter",
-    "CompacterPP",
-    "Compacter",
     "AdaLoRA",
+    "AdaMix",
+    "AdaptFormer",
+    "AdapterDrop",
+    "AdapterFusion",
     "AttentionFusion",
     "BOFT",
+    "Bapna",
     "BitFit",
     "C3A",
+    "Compacter",
+    "CompacterPP",
     "CorDA",
     "DID",
     "DVoRA",
@@ -112,16 +106,19 @@ __all__ = [
     "HiRA",
     "Houlsby",
     "IA3",
+    "IPT",
+    "InputAdapter",
+    "Invertible",
     "KronA",
     "KronAB",
     "KronABRes",
     "LNTuning",
     "LQLoRA",
+    "LST",
+    "LeTS",
     "LinearProbe",
     "LlamaAdapter",
     "LlamaAdapterV2",
-    "LST",
-    "LeTS",
     "LoHa",
     "LoKr",
     "LoRA",
@@ -135,13 +132,17 @@ __all__ = [
     "MiSS",
     "MoRA",
     "MultiLoRA",
+    "MultitaskPrompt",
     "NOLA",
     "NoReFT",
     "OFT",
     "OLoRA",
-    "PTuningV2",
+    "OutputAdapter",
+    "PHMAdapter",
     "PTuning",
+    "PTuningV2",
     "ParallelAdapter",
+    "Pfeiffer",
     "PiSSA",
     "PrefixTuning",
     "PromptTuning",
@@ -153,12 +154,11 @@ __all__ = [
     "SAID",
     "SHiRA",
     "SSF",
+    "SparseAdapter",
     "TiedLoRA",
     "TrainableTokens",
     "VBLoRA",
-    "VeRA",
-    "IPT",
-    "MultitaskPrompt",
     "VPT",
+    "VeRA",
     "WaveFT",
 ]

@@ -66,8 +66,8 @@ class SparseAdapter(PEFT, name="sparse_adapter", family="additive", paper="2210.
         inner = cls(**fields)
         if more := more_than_adapters(cls, inner):
             raise FieldError(
-                f"SparseAdapter(over={self.over!r}): {cls.__name__} is more than adapters ({more}), which pruning would "
-                "not follow. Choose a method of adapters alone, such as houlsby, parallel or compacter."
+                f"SparseAdapter(over={self.over!r}): {cls.__name__} is more than adapters ({more}), which pruning "
+                "would not follow. Choose a method of adapters alone, such as houlsby, parallel or compacter."
             )
         return inner
 
