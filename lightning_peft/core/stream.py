@@ -12,7 +12,15 @@ from lightning_peft.core.sites import Site, Sites
 
 CLOSING = re.compile(r"output_layer_norm|full_layer_layer_norm|final_layer_norm")  # DistilBERT, ALBERT, BART
 AFTER = re.compile(r"post_(?:feedforward|ffn?|mlp)\w*")  # of what a feed-forward layer gives (Gemma 2)
-NOT_FINAL = re.compile(r".*embed.*|pre_.*|LayerNorm")  # of embeddings (BLOOM, BART), of patches (CLIP), of distances
+NOT_FINAL = re.compile(r".*embed.*|pre_.*")  # of embeddings (BLOOM, BART), of patches (CLIP)
+SPEECH = ("Wav2Vec2", "Hubert", "WavLM", "UniSpeech", "UniSpeechSat", "Data2VecAudio")
+# where names tell nothing or the wrong thing: class of the block -> the end of the norm's name, "" for a pre-norm block
+CLOSES = {
+    "XLNetLayer": "ff.layer_norm",
+    "BigBirdPegasusEncoderLayer": "",
+    "BigBirdPegasusDecoderLayer": "",
+    **dict.fromkeys((f"{name}EncoderLayer" for name in SPEECH), "final_layer_norm"),
+}
 
 
 def _parent(name: str) -> str:
@@ -25,17 +33,30 @@ def closing_norm(sites: Sites, block: Site) -> Site | None:
     torch.nn's layers say it (`norm_first`). Else it is the norm beside the down projection in a module without the up
     projection (BERT and its relatives), or one of a name in CLOSING where no norm follows the last block.
     """
-    norms = [s for s in sites.known if s.role == "norm" and s.block == block.name]
+    norms = _norms(sites, block)
     first = getattr(block.module, "norm_first", None)
     if isinstance(first, bool):
         return None if first or not norms else norms[-1]
-    up, down = sites.sibling(block, "up"), sites.sibling(block, "down")
-    if up is not None and down is not None and _parent(down.name) not in (block.name, _parent(up.name)):
-        beside = [s for s in norms if _parent(s.name) == _parent(down.name)]
-        if beside:
-            return beside[-1]
+    known = _known(sites, block)
+    if known or type(block.module).__name__ in CLOSES:
+        return known
     named = [s for s in norms if CLOSING.fullmatch(s.name.rpartition(".")[2])]
     return named[-1] if named and final_norm(sites, block) is None else None
+
+
+def _norms(sites: Sites, block: Site) -> list[Site]:
+    return [s for s in sites.known if s.role == "norm" and s.block == block.name]
+
+
+def _known(sites: Sites, block: Site) -> Site | None:
+    """The closing norm by the class of the block, or by its place beside the down projection."""
+    norms, end = _norms(sites, block), CLOSES.get(type(block.module).__name__)
+    if end is not None:
+        return next((s for s in norms if s.name == f"{block.name}.{end}"), None)
+    up, down = sites.sibling(block, "up"), sites.sibling(block, "down")
+    if up is None or down is None or _parent(down.name) in (block.name, _parent(up.name)):
+        return None
+    return next((s for s in reversed(norms) if _parent(s.name) == _parent(down.name)), None)
 
 
 def norms_before(sites: Sites, block: Site) -> list[Site]:
@@ -45,12 +66,13 @@ def norms_before(sites: Sites, block: Site) -> list[Site]:
     """
     if closing_norm(sites, block) is not None:
         return []
-    norms = [s for s in sites.known if s.role == "norm" and s.block == block.name]
-    return [s for s in norms if not AFTER.fullmatch(s.name.rpartition(".")[2])]
+    return [s for s in _norms(sites, block) if not AFTER.fullmatch(s.name.rpartition(".")[2])]
 
 
 def final_norm(sites: Sites, block: Site) -> Site | None:
     """The norm after the last block of the stack that `block` is in: the nearest on the way up to the root."""
+    if _known(sites, block) is not None:
+        return None  # what else there is belongs to the embeddings (DeBERTa, wav2vec 2.0)
     above, name = [], _parent(block.name)
     while name:
         above.append(name)
