@@ -72,15 +72,17 @@ def consistency(one: Tensor, two: Tensor) -> Tensor:
 class AdaMix(PEFT, name="adamix", family="additive", paper="2205.12410"):
     """h + W_up^j phi(W_dn^i h + b_dn^i) + b_up^j after the feed-forward layer, i and j drawn for each batch
 
-    `experts` of W_dn and of W_up, of which `share` names the side that has one only. L (M (md + m) + md + d) parameters
-    with one W_up. init "zero" starts at the base exactly; the experts are drawn independently. Source: section 3.
+    experts: how many there are of W_dn and of W_up. share: the side that has one only. L (M (md + m) + md + d)
+    parameters with one W_up. init "zero" starts at the base exactly; the experts are drawn independently. In eval mode,
+    and in adapter files, they are averaged into one bottleneck adapter; checkpoints keep them all. Source: section 3.
 
-    In training the loss gets consistency * (KL(p || q) + KL(q || p)) / 2 between the logits of the pass that the loss
-    is of and those of a second one with other experts (and other dropout): this takes a second forward, and a
-    LightningModule with `predictions(batch)`, as those of `lightning_peft.tasks` (see `lightning_peft.extra_loss`).
-    The paper's code weighs it by 1, and by 100 for generation; 0 leaves it out. In eval mode, and in adapter files, the
-    experts are averaged into one bottleneck adapter; checkpoints keep them all. Checkpointed blocks have to restore the
-    state of the generators, as they do unless told otherwise.
+    consistency: the weight of (KL(p || q) + KL(q || p)) / 2 in the loss of training, between the logits of the pass
+    that the loss is of and those of a second one with other experts (and other dropout). This takes a second forward,
+    and a LightningModule with `predictions(batch)`, as those of `lightning_peft.tasks` (see
+    `lightning_peft.extra_loss`). The paper's code has 1, and 100 for generation; 0 leaves the second pass out.
+
+    Checkpointed blocks have to restore the state of the generators, as they do unless told otherwise, to meet the same
+    experts again.
     """
 
     targets: str | list[str] | None = "down"

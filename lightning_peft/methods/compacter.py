@@ -107,9 +107,9 @@ class Compacter(HypercomplexAdapters, name="compacter", family="additive", paper
 
     h is the output of `o` and `down` in encoder and decoder, not after cross-attention, before dropout, residual and
     norm. A_i start Gaussian, l_i and r_i Glorot-uniform, biases at zero; init "zero" has the r_i of U at zero: the base
-    at step 0. The code's "glorot" starts near it, with std 1e-4. n: has to divide the widths; 4, 8 or 12 in the paper.
-    norms: gain and bias of every norm train as well, as in the paper; off by default, so that adapters share one base.
-    Source: sections 3 and 4.1.
+    at step 0. The code's "glorot" starts near it. std: of A_i; 1e-4 in the code. rank: of each l_i r_i. n: has to
+    divide the widths; 4, 8 or 12 in the paper. norms: gain and bias of every norm train as well, as in the paper; off
+    by default, so that adapters share one base. Source: sections 3 and 4.1.
     """
 
     rank: int = 1

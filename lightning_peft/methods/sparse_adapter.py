@@ -25,16 +25,17 @@ from lightning_peft.methods.calibrated import quiet, step_of, training_batches
 class SparseAdapter(PEFT, name="sparse_adapter", family="additive", paper="2210.04284", identity=False):
     """W o M in place of each W of another adapter, M of zeros and ones: the largest scores of all adapters together
 
-    A `sparsity` share of the entries of all matrices is pruned before training and stays zero; biases are kept. As many
-    entries count as trained as M keeps. Source: sections 2.2 and 2.3; the authors' code calls the share that is kept
-    its sparsity.
+    sparsity: the share of the entries of all matrices that is pruned before training, and stays zero; biases are kept.
+    The authors' code calls the share that is kept its sparsity. What M keeps counts as trained. Source: section 2.
 
-    over: the name of the method whose adapters are pruned; settings: its fields, such as {"bottleneck": 64}. Its
-    `targets` are those of that method unless given here. It starts away from zero (init "normal" where there is a
-    choice): W_up = 0 would go as a whole. score: "snip" |g W|, "grasp" W (H g), "magnitude" |W|, "synflow" |W dR/dW| of
-    each adapter for ones, or "random". The first two take `batches` of the training data at the start of `fit`, or of
-    `calibrate`, and until then nothing is pruned. large: k times the bottleneck or rank with 1 - 1/k of the entries
-    pruned in place of `sparsity`, which keeps the count (Large-Sparse); 1 for off.
+    over: the name of the method whose adapters are pruned, at its own targets unless others are given here. settings:
+    the fields of that method, such as {"bottleneck": 64}. It starts away from zero (init "normal" where there is a
+    choice), since W_up = 0 would go as a whole.
+
+    score: "snip" |g W|, "grasp" W (H g), "magnitude" |W|, "synflow" |W dR/dW| of each adapter for ones, or "random".
+    The first two need data, and until they have it nothing is pruned. batches: how many of the training data they take
+    at the start of `fit`; or call `calibrate`. large: k times the bottleneck or rank with 1 - 1/k of the entries pruned
+    in place of `sparsity`, which keeps the count (Large-Sparse); 1 for off.
     """
 
     over: str = "houlsby"
