@@ -165,8 +165,8 @@ def test_llama_adapter_agrees_with_pefts_adaption_prompt() -> None:
     call = inputs("llama")
     a, b = net(**call).logits, theirs(**call).logits
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
-    a.pow(2).mean().backward()
-    b.pow(2).mean().backward()
+    a.pow(2).sum().backward()
+    b.pow(2).sum().backward()
     torch.testing.assert_close(mine["prompt"].grad, other["adaption_prompt"].grad[0], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(mine["gate"].grad, other["adaption_gate"].grad, atol=1e-6, rtol=1e-6)
 
@@ -413,10 +413,11 @@ def test_prefix_tuning_agrees_with_peft(model: str, padding: str) -> None:
     if a.dim() == 3:
         a, b = a[real], b[real]
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-    a.pow(2).mean().backward()
-    b.pow(2).mean().backward()
+    a.pow(2).sum().backward()
+    b.pow(2).sum().backward()
     gradient = torch.stack([p.grad for p in mine]).permute(2, 0, 1, 3, 4).flatten(1)
-    torch.testing.assert_close(gradient, flat.grad, atol=1e-6, rtol=1e-5)
+    assert flat.grad.abs().max() > 0
+    assert (gradient - flat.grad).abs().max() <= 1e-5 * flat.grad.abs().max()
 
 
 def test_the_same_without_a_shift_where_peft_is_told_the_positions() -> None:
