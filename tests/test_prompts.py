@@ -854,3 +854,16 @@ def test_the_row_of_no_training() -> None:
 def test_in_context_settings_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         in_context(**fields)
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "vpt"])
+def test_images_of_two_towers_inside_of_a_wrapper_get_prompts_in_their_own_tower(name: str) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**tower, "vocab_size": 15, "max_position_embeddings": 8, "eos_token_id": 2}
+    image = {**tower, "image_size": 8, "patch_size": 4, "num_channels": 3}
+    net = nn.ModuleDict({"clip": CLIPModel(CLIPConfig(text_config=text, vision_config=image)).eval()})
+    cls = {"prompt_tuning": PromptTuning, "vpt": VPT}[name]
+    cls(length=2, exclude="text_model.*").apply(net)
+    assert {p.site.split(".")[1] for p in state.get_applied(net).placements} == {"vision_model"}

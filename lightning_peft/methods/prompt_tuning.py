@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,13 +135,18 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
 def vision_blocks(model: nn.Module, site: Site) -> list[Site]:
     """The blocks behind an embedding of patches."""
     blocks = roles(model).get("block", [])
-    tower = site.name.split(".")[0]
-    blocks = [b for b in blocks if b.name.split(".")[0] == tower] or blocks
+    blocks = nearest(site, blocks)
     if not blocks or blocks[0].facts.hidden is None:
         raise TargetError(
             f"The blocks behind {site.name!r} are unknown, so virtual tokens cannot be put in front of them."
         )
     return blocks
+
+
+def nearest(site: Site, others: list[Site]) -> list[Site]:
+    """Those that share the longest part of their dotted name with `site`: what belongs to the same tower."""
+    shared = [len(os.path.commonprefix([site.name.split("."), other.name.split(".")])) for other in others]
+    return [other for other, length in zip(others, shared, strict=True) if length == max(shared)]
 
 
 def class_tokens(model: nn.Module) -> int:

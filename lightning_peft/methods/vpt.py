@@ -16,7 +16,7 @@ from lightning_peft.core.fields import positive, probability
 from lightning_peft.core.init import Draw
 from lightning_peft.core.prompt import Prompt, Start
 from lightning_peft.core.sites import Site, Sites, TargetError
-from lightning_peft.methods.prompt_tuning import class_tokens
+from lightning_peft.methods.prompt_tuning import class_tokens, nearest
 
 
 class VisualPrompt(Prompt):
@@ -106,8 +106,7 @@ class VPT(PEFT, name="vpt", family="soft prompt", paper="2203.12119", identity=F
 def patch_of(sites: Sites, site: Site) -> int:
     """How many numbers a patch of the images has that a block reads; 0 where it reads text."""
     embeddings = [s for s in sites.known if s.role == "embed"]
-    tower = site.name.split(".")[0]
-    near = [s for s in embeddings if s.name.split(".")[0] == tower] or embeddings
+    near = nearest(site, embeddings)
     kernels = [m for s in near for m in s.module.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
     if kernels:
         return kernels[0].weight[0].numel()
