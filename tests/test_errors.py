@@ -372,7 +372,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda d: (d / "adapter.json").write_text("[]"), "lacks one of schema"),
     "no fingerprint": (lambda d: rewrite(d, fingerprint=...), "lacks one of schema"),
     "future schema": (lambda d: rewrite(d, schema=2), "schema 2; this version of lightning_peft reads schema 1. Update"),
-    "unknown method": (lambda d: rewrite(d, method="dora9"), "made with the method 'dora9'; known: adalora, bitfit"),
+    "unknown method": (lambda d: rewrite(d, method="dora9"), "made with the method 'dora9'; known: adalora, "),
     "unknown field": (lambda d: rewrite(d, config={"rnak": 3}), "does not fit 'lora': LoRA has no field 'rnak'"),
     "bad field": (lambda d: rewrite(d, config={"rank": -3}), "does not fit 'lora'.*above 0"),
     "no dictionary": (lambda d: rewrite(d, config=[1]), "have the wrong type"),
