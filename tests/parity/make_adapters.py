@@ -97,9 +97,13 @@ def run(model: nn.Module, case: str) -> dict[str, Tensor]:
     """Draws what is trained, and gives it with the states and the gradients."""
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for key, p in trained.items():
-        p.data = (p.data.float() + noise(key, p.shape).float()).double()
+        if ".parametrizations." not in key:  # those of an orthogonal matrix hold its signs; they stay
+            p.data = (p.data.float() + noise(key, p.shape).float()).double()
     found = {f"tensor/{key}": p.detach().clone() for key, p in trained.items()}
-    states = model(**batch()).last_hidden_state
+    given = batch()
+    if "reft" in case:
+        del given["attention_mask"]  # they count positions from the ends of the row, padding or not
+    states = model(**given).last_hidden_state
     (states * noise(case, states.shape, 1.0)).sum().backward()
     found["states"] = states.detach()
     found |= {f"grad/{key}": p.grad for key, p in trained.items() if p.grad is not None}

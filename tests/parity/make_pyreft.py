@@ -73,7 +73,8 @@ def main() -> None:
             part["intervention"].double()
             trained |= {f"{layer}.{key}": p for key, p in part["intervention"].named_parameters()}
         for key, p in trained.items():
-            p.data = (p.data + noise(key, p.shape)).detach()
+            if ".parametrizations." not in key:  # those of an orthogonal matrix hold its signs; they stay
+                p.data = (p.data + noise(key, p.shape)).detach()
         where = [0, 1, ids.shape[1] - 1]
         _, out = model({"input_ids": ids}, unit_locations={"sources->base": (None, [[where] * len(ids)] * 2)})
         (out.logits * noise(kind, out.logits.shape, 1.0)).sum().backward()
@@ -88,7 +89,7 @@ def main() -> None:
                 f"{kind}/{layer}/grad_bias": edit.learned_source.bias.grad,
             }
         tensors[f"{kind}/logits"] = out.logits.detach()
-        print(kind, out.logits.dtype, float(out.logits.norm()))
+        print(kind, out.logits.dtype, float(out.logits.detach().norm()))
     HERE.mkdir(exist_ok=True)
     versions = {name: version(name) for name in ("pyreft", "pyvene", "transformers", "torch")}
     path = HERE / "pyreft.safetensors"
