@@ -6,7 +6,6 @@ python examples/two_towers.py
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 
 import lightning.pytorch as pl
@@ -19,17 +18,22 @@ from lightning_peft import PEFT, Houlsby, LoRA, PromptTuning
 from lightning_peft.core import state
 from lightning_peft.tasks import Digits
 
-LORA = functools.partial(LoRA, rank=4, targets="attention", exclude="vision_model.*", label="text")
 METHODS: dict[str, list[PEFT]] = {
-    "LoRA on text": [LORA()],
-    "prompts on images, LoRA on text": [PromptTuning(length=8, exclude="text_model.*", label="images"), LORA()],
-    "adapters on images, LoRA on text": [Houlsby(bottleneck=16, exclude="text_model.*", label="images"), LORA()],
+    "LoRA on text": [LoRA(rank=4, exclude="vision_model.*")],
+    "prompts on images, LoRA on text": [
+        PromptTuning(length=8, exclude="text_model.*", label="images"),
+        LoRA(rank=4, exclude="vision_model.*"),
+    ],
+    "adapters on images, LoRA on text": [
+        Houlsby(bottleneck=16, exclude="text_model.*", label="images"),
+        LoRA(rank=4, exclude="vision_model.*"),
+    ],
 }
 WORDS = torch.tensor([[1, 3, 4, 5 + digit, 2] for digit in range(10)])  # <start> a digit <which> <end>
 
 
 class Contrast(pl.LightningModule):
-    """Image and caption of a pair are to be nearer to each other than to all others: cross-entropy over captions."""
+    """The image is to be nearer to its own caption than to all others."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -43,6 +47,8 @@ class Contrast(pl.LightningModule):
 
     def test_step(self, batch: dict[str, Tensor]) -> None:
         self.log("accuracy", (self(batch["pixel_values"]).argmax(1) == batch["labels"]).float().mean())
+
+    validation_step = test_step
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-3)

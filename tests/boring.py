@@ -50,14 +50,15 @@ class Boring(pl.LightningModule):
             self.net.train()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        loss = self.net(input_ids=x, labels=y).loss
+        loss = self.net(**self.named(batch)).loss
         self.losses.append(loss.item())
         return loss
 
+    def named(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"pixel_values" if batch[0].dim() == 4 else "input_ids": batch[0], "labels": batch[1]}
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        self.log("val_loss", self.net(input_ids=x, labels=y).loss)
+        self.log("val_loss", self.net(**self.named(batch)).loss)
 
     test_step = validation_step
 
@@ -88,9 +89,16 @@ class Says(Boring):
         return {"loss": loss, "more": 1} if self.as_dict else loss
 
 
-def data(n: int = 24, batch_size: int = 3, shuffle: bool = True) -> DataLoader[Any]:
+PSEUDO = 99  # an id that texts do not have
+
+
+def data(n: int = 24, batch_size: int = 3, shuffle: bool = True, kind: str = "text") -> DataLoader[Any]:
     g = torch.Generator().manual_seed(1)
     x, y = torch.randint(3, 90, (n, 7), generator=g), torch.randint(0, 3, (n,), generator=g)
+    if kind == "images":
+        x = torch.randn(n, 3, 16, 16, generator=g)
+    elif kind == "template":
+        x[:, :3] = PSEUDO
     return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
 
 

@@ -206,18 +206,24 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
     **{(name, "encoder"): NotMergeableError for name in ("said", "did")},  # they move packed attention as one
 }
 
-# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA
-COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning_v2", "pissa"}
-# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average
-COLLAPSED = {"adamix", "corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa"}
-COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa"}
+# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average, pruned tensors
+COLLAPSED = {
+    "adamix",
+    "corda",
+    "loftq",
+    "lora_ga",
+    "loreft",
+    "lqlora",
+    "olora",
+    "p_tuning",
+    "p_tuning_v2",
+    "pissa",
+    "sparse_adapter",
+}
 # which start from what the base's weights are, in floats or in codes
 FROM_WEIGHTS = {"lst"}
 # which put states of their own in place of the base's: of two the outermost counts, where the blocks are all they read
 IN_PLACE_OF_STATES = {"lst"}
-COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning", "pissa"}
-# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average, pruned tensors
-COLLAPSED = {"adamix", "corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa", "sparse_adapter"}
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only

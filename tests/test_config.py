@@ -82,7 +82,7 @@ def test_every_data_set_composes(name):
 ERRORS = {
     "peft.rank=abc": "peft.rank=abc.*abc.*Integer",
     "peft.rnak=3": "Did you mean 'rank'.*Known: targets,.*alpha",
-    "peft=lorra": "Did you mean 'lora'.*Known: adalora, bitfit,.*prompt_tuning",
+    "peft=lorra": "Did you mean 'lora'.*Known: adalora, .*bitfit,.*prompt_tuning",
     "pfet=lora": "Did you mean 'peft'.*Known:.*optimizer",
     "peft.init=foo": "peft.init='foo'.*one of 'kaiming', 'gaussian'",
     "peft.targets=3": r"peft.targets=3.*str \| list\[str\] \| None",

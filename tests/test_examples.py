@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +13,15 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 pytestmark = pytest.mark.filterwarnings("ignore:.*`enable_checkpointing`.*", "ignore:.*fit_loop.*")
+
+
+@pytest.fixture(autouse=True)
+def _levels() -> Iterator[None]:
+    """Examples quieten Lightning; the tests after them want to hear it."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 def load(name: str) -> ModuleType:

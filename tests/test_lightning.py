@@ -429,20 +429,28 @@ def needed(name: str) -> dict[str, Any]:
 
 
 def module_for(name: str) -> boring.Boring:
-    """One that says where its logits are, for a method that looks at them."""
-    return boring.Says() if make(name, "bert").adds_loss else boring.Boring()
+    """One that says where its logits are, for a method that looks at them; one that looks at images."""
+    return boring.Says() if method_for(name).adds_loss else boring.Boring(kind="vit" if name == "vpt" else "bert")
+
+
+def method_for(name: str) -> PEFT:
+    return make(name, "bert", **({"pseudo": [boring.PSEUDO]} if name == "p_tuning" else {}))
+
+
+KINDS = {"vpt": "images", "p_tuning": "template"}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_resumes_in_mid_epoch_bit_for_bit(name: str, tmp_path: Path) -> None:
     straight, resumed = module_for(name), module_for(name)
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    data = boring.data(12), boring.data(6, shuffle=False)
-    boring.trainer(tmp_path, [make(name, "bert"), saver], **needed(name)).fit(straight, *data)
+    kind = KINDS.get(name, "text")
+    data = boring.data(12, kind=kind), boring.data(6, shuffle=False, kind=kind)
+    boring.trainer(tmp_path, [method_for(name), saver], **needed(name)).fit(straight, *data)
     torch.manual_seed(99)
-    trainer = boring.trainer(tmp_path, [make(name, "bert")], **needed(name))
+    trainer = boring.trainer(tmp_path, [method_for(name)], **needed(name))
     ckpt = str(tmp_path / "step=2.ckpt")
-    trainer.fit(resumed, boring.data(12), boring.data(6, shuffle=False), ckpt_path=ckpt)
+    trainer.fit(resumed, boring.data(12, kind=kind), boring.data(6, shuffle=False, kind=kind), ckpt_path=ckpt)
     assert boring.largest_difference(boring.tensors(straight), boring.tensors(resumed)) == 0
     kept = set(torch.load(ckpt, weights_only=True)["state_dict"])
     sites = {x.site for x in state.get_applied(resumed).placements} if name in CHANGES_BASE else set()
@@ -452,7 +460,9 @@ def test_every_method_resumes_in_mid_epoch_bit_for_bit(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_in_a_fast_dev_run(name: str, tmp_path: Path) -> None:
-    fit(tmp_path, module_for(name), make(name, "bert"), fast_dev_run=True, **needed(name))
+    kind = KINDS.get(name, "text")
+    data = boring.data(kind=kind), boring.data(6, shuffle=False, kind=kind)
+    boring.trainer(tmp_path, [method_for(name)], fast_dev_run=True, **needed(name)).fit(module_for(name), *data)
 
 
 # ------------------------------------------------------------------ beside what else a Trainer does

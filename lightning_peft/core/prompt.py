@@ -69,7 +69,7 @@ class Prompt(nn.Module):
 
     def forward(self, batch: int) -> Tensor:
         """(1, length, d), or (batch, length, d) where examples have prompts of their own."""
-        return self.tokens[None]
+        return self.tokens.expand(1, -1, -1)  # no view: its gradient would hold that of the text too
 
     def reset(self, draw: Draw) -> None:
         self.start.fill(self.tokens, self.table, draw)

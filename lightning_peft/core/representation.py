@@ -70,10 +70,13 @@ class EditedBlock(Edited):
         vars(self)["positions"] = positions  # it is registered where it listens
         self.first, self.last = first, last
         self.masks: Masks | None = None
+        self.noted = False  # whether a place inside asks
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
         masks = self.positions.mask(given.transpose(0, 1) if self.time_first else given, self.first, self.last)
+        if not self.noted:
+            return changed(base(*args, **kwargs), self.edited, masks)
         own = vars(self.place)
         checkpoint = own.get(CHECKPOINT)
         if checkpoint is not None:  # transformers checkpoints inside of this call, and runs that part again without it
@@ -101,6 +104,7 @@ class Inside(Edited):
         super().__init__(*edits, time_first=time_first)
         self.block: Any
         vars(self)["block"] = block  # it is registered at the block
+        block.noted = True
 
 
 class EditedInput(Inside):
