@@ -18,16 +18,11 @@ from lightning_peft import PEFT, Houlsby, LoRA, PromptTuning
 from lightning_peft.core import state
 from lightning_peft.tasks import Digits
 
+TEXT = LoRA(rank=4, targets="attention", exclude="vision_model.*")
 METHODS: dict[str, list[PEFT]] = {
-    "LoRA on text": [LoRA(rank=4, exclude="vision_model.*")],
-    "prompts on images, LoRA on text": [
-        PromptTuning(length=8, exclude="text_model.*", label="images"),
-        LoRA(rank=4, exclude="vision_model.*"),
-    ],
-    "adapters on images, LoRA on text": [
-        Houlsby(bottleneck=16, exclude="text_model.*", label="images"),
-        LoRA(rank=4, exclude="vision_model.*"),
-    ],
+    "LoRA on text": [TEXT],
+    "prompts on images, LoRA on text": [PromptTuning(length=8, exclude="text_model.*"), TEXT],
+    "adapters on images, LoRA on text": [Houlsby(bottleneck=16, exclude="text_model.*"), TEXT],
 }
 WORDS = torch.tensor([[1, 3, 4, 5 + digit, 2] for digit in range(10)])  # <start> a digit <which> <end>
 
