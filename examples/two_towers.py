@@ -63,7 +63,7 @@ def fit(model: Contrast, data: Digits, epochs: int, *methods: PEFT) -> float:
     return trainer.test(model, data, verbose=False)[0]["accuracy"]
 
 
-def main(epochs: int = 15, adapt: int = 15) -> dict[str, float]:
+def main(epochs: int = 15, adapt: int = 60) -> dict[str, float]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     pl.seed_everything(0, verbose=False)
     base, upright, inverted = Contrast(clip()), Digits(domain="source"), Digits(domain="target")

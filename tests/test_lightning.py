@@ -31,7 +31,7 @@ from lightning_peft import (
     load_checkpoint,
     save_adapter,
 )
-from lightning_peft.callback import LifeCycleError, check_strategy
+from lightning_peft.callback import PEFT, LifeCycleError, check_strategy
 from lightning_peft.checkpoint import CheckpointError
 from lightning_peft.core import state
 from lightning_peft.core.adapter import LabelError
