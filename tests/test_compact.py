@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 import zoo
-from harness import output, perturb
+from harness import output, perturb, train
 from settings import adapted, make
 from test_counts import fresh
 from torch import Tensor, nn
@@ -850,6 +850,7 @@ def test_a_start_at_zero_cannot_be_scored(score: str) -> None:
     [
         ("parallel", {"bottleneck": 4}, "synflow"),
         ("compacter", {"bottleneck": 8}, "magnitude"),
+        ("compacter", {"bottleneck": 8, "std": 1.0}, "synflow"),
         ("lora", {"rank": 4, "targets": "q,v"}, "random"),
         ("phm", {"bottleneck": 8}, "snip"),
     ],
@@ -868,6 +869,10 @@ def test_over_other_adapters(over: str, settings: Any, score: str, tmp_path: Pat
     load_adapter(other, tmp_path / "a")
     assert torch.equal(output(other, "bert"), output(net, "bert"))
     assert all(not p[~mask].any() for mask, p in kept(other))
+    before = {id(p): p.detach().clone() for _, p in kept(net)}
+    train(net, "bert", steps=2)  # what computes is what trains, in the second step as well
+    assert {id(p) for _, p in kept(net)} == set(before)
+    assert all((p != before[id(p)]).any() for mask, p in kept(net) if mask.any())
     rules = {id(mask): mask for (mask, p) in kept(net) if over == "compacter" and p.shape == (4, 4, 4)}
     assert all(torch.equal(mask, next(iter(rules.values()))) for mask in rules.values())
 

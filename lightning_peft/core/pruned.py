@@ -39,6 +39,14 @@ class Pruned(Adapter):
         zero = torch.zeros((), device=next(self.inner.parameters()).device)
         return {n: torch.where(getattr(self.kept, flat(n)), p, zero.to(p.dtype)) for n, p in self.matrices()}
 
+    def called_with(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """What the inner adapter gives with these in place of its parameters.
+
+        Not by torch's own search for tied ones: it swaps those of a module that is there under two names (the rules of
+        Compacter) twice, and leaves the values where the parameter was.
+        """
+        return functional_call(self.inner, values, args, kwargs, tie_weights=False)
+
     def reset(self, draw: Draw) -> None:
         vars(self.inner)["place"] = self.place
         self.inner.reset(draw)
@@ -47,7 +55,7 @@ class Pruned(Adapter):
         self.group.drawn(self, draw)
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.inner, self.masked(), (base, *args), kwargs)
+        return self.called_with(self.masked(), base, *args, **kwargs)
 
     def cast_(self, dtype: torch.dtype) -> Pruned:
         super().cast_(dtype)
@@ -157,7 +165,8 @@ def flow(member: Pruned, of: dict[int, Tensor]) -> Tensor:
     if (tap := getattr(member.inner, "tap", None)) is not None:
         tap.seen = y
     was = member.inner.training
-    out = functional_call(member.inner.eval(), values, (lambda _: y, x))
+    member.inner.eval()
+    out = member.called_with(values, lambda _: y, x)
     member.inner.train(was)
     return out.mean()
 
