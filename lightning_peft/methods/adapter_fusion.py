@@ -135,8 +135,10 @@ class AdapterFusion(PEFT, name="adapter_fusion", family="additive", paper="2005.
         vars(self)["_members"] = members = self.described()
         if not members:
             raise TargetError("AdapterFusion has nothing to fuse: give the directories of trained adapters as sources.")
+        methods = [REGISTRY[m["method"]](**m["config"]) for m in members]
+        check_adapters_alone(methods)
         tensors = [source_tensors(sites.model, directory) for directory in self.sources]
-        plans = [plan_of(sites.model, REGISTRY[m["method"]](**m["config"])) for m in members]
+        plans = [plan_of(sites.model, method) for method in methods]
         check_alike(plans, members)
         for place, (site, _) in plans[0].items():
             experts: Any = [plan[place][1] for plan in plans]
@@ -159,6 +161,19 @@ def source_tensors(model: nn.Module, directory: str) -> Tensors:
     found = {(p.site, p.role): {k: state.on_cpu(t) for k, t in p.adapter.state_dict().items()} for p in placements}
     remove(model, SOURCE)
     return found
+
+
+def check_adapters_alone(methods: list[Method]) -> None:
+    """Raise on sources that are more than adapters, or none: a fusion would leave the rest out without a word."""
+    for method in methods:
+        name, parts = method.info.name, method.parts()
+        if parts or type(method).select is not Method.select:
+            also = f" ({', '.join(part.info.name for part in parts)})" if parts else ""
+            raise TargetError(
+                f"AdapterFusion cannot fuse {name!r}, which is more than bottlenecks{also}: it trained weights of the "
+                "base, or several methods, of which a model has one set only. Train sources of adapters alone "
+                "(norms=False)."
+            )
 
 
 def check_alike(plans: list[Plan], members: list[dict[str, Any]]) -> None:
