@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from harness import forward, loss, moved, output, perturb, tensors
 from settings import MODELS, adapted
 from torch import Tensor, nn
 
-from lightning_peft import LST, AttentionFusion, LeTS, LoRA
+from lightning_peft import LST, AttentionFusion, LeTS, LoRA, ParallelAdapter
 from lightning_peft.callback import LifeCycleError
 from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapters
@@ -726,6 +727,26 @@ def test_lets_aggregates_the_layers_before_the_head(tmp_path: Any) -> None:
         LeTS(aggregator=4).apply(zoo.build("gpt2"))
     with pytest.raises(RuntimeError, match="0 ran before the head"):
         net.classifier(torch.zeros(2, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", [LeTS(rank=2, aggregator=4), ParallelAdapter(bottleneck=4), LST(reduction=4)])
+def test_what_a_forward_noted_that_stopped_half_way_is_not_copied(method: Any) -> None:
+    """Of the body without its head, or of a forward that raised."""
+    net = zoo.build("vit").train()
+    method.apply(net)
+    perturb(net)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = net.vit.layers[-1].mlp.fc2.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        forward(net, "vit")
+    hook.remove()
+    assert any(getattr(x.adapter, "seen", None) is not None for x in state.get_applied(net).placements)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert all(getattr(x.adapter, "seen", None) is None for x in state.get_applied(twin).placements)
+        assert torch.equal(output(twin.eval(), "vit"), output(net.eval(), "vit"))
 
 
 def test_lets_aggregator_under_checkpointing() -> None:

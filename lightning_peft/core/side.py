@@ -65,6 +65,10 @@ class Tap(Adapter):
         super().__init__()
         self.seen: tuple[Tensor, Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a forward noted that never reached its end: it has a graph, and cannot be copied."""
+        return {**vars(self), "seen": None}
+
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = self.frozen(base, *args, **kwargs)
         self.seen = given_to(args, kwargs).detach(), first_of(out)

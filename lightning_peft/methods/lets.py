@@ -97,6 +97,10 @@ class Pooled(Adapter):
         super().__init__()
         self.seen: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a forward noted that never reached its end: it has a graph, and cannot be copied."""
+        return {**vars(self), "seen": None}
+
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = base(*args, **kwargs)
         h = first_of(out)

@@ -28,6 +28,10 @@ class Tap(Adapter):
         self.other: Any
         vars(self)["other"] = other  # it is registered at a place of its own
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a forward noted that never reached its end: it has a graph, and cannot be copied."""
+        return {**vars(self), "seen": None}
+
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tap = self if self.other is None else self.other
         tap.seen = read_input(args, kwargs)
