@@ -45,7 +45,8 @@ from lightning_peft.core.fields import FieldError
 from lightning_peft.core.files import AdapterFileError, load_adapter, save_adapter
 from lightning_peft.core.merge import MergeError
 from lightning_peft.core.sites import TargetError, roles, sites
-from lightning_peft.core.stream import closing_norm, edit_input, edit_output, final_norm
+from lightning_peft.core.stream import closing_norm, edit_input, edit_output, final_norm, norms_before
+from lightning_peft.methods.parallel import Tap
 from lightning_peft.schema import schema
 
 Values = dict[str, Tensor]
@@ -393,7 +394,7 @@ def test_parallel_to_cross_attention_reads_what_the_queries_are_made_of() -> Non
     compare(net, forward(net, "t5"), values, hooked(base, "t5", edits))
 
 
-@pytest.mark.parametrize(("model", "targets"), [("llama", "down"), ("bert", "o")])
+@pytest.mark.parametrize(("model", "targets"), [("llama", "o,down"), ("bert", "o")])
 def test_the_residual_stream_through_compilation_copies_and_checkpoints(model: str, targets: str) -> None:
     net = zoo.build(model)
     ParallelAdapter(targets=targets, bottleneck=4, input="residual", heads=None).apply(net)
@@ -407,6 +408,40 @@ def test_the_residual_stream_through_compilation_copies_and_checkpoints(model: s
     perturb(net)
     assert torch.equal(output(twin, model), expected)
     check_exact(twin, partial(loss, model=model))
+
+
+@pytest.mark.parametrize("model", ["llama", "bert", "gpt2", "t5", "vit"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_residual_stream_is_noted_again_in_blocks_that_transformers_checkpoints(
+    model: str, reentrant: bool
+) -> None:
+    """Transformers runs a block's own forward again, without what is around it."""
+    gradients = []
+    for on in (False, True):
+        net: Any = zoo.build(model).train()
+        ParallelAdapter(targets="o,down", bottleneck=4, input="residual", heads=None).apply(net)
+        perturb(net)
+        if on:
+            net.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            net.enable_input_require_grads()
+        loss(net, model).backward()
+        gradients.append({name: p.grad for name, p in state.trainable(net).items()})
+    assert all(g is not None and g.any() for g in gradients[0].values())
+    for name, g in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], g, atol=1e-6, rtol=1e-4)
+
+
+def test_the_residual_stream_where_norms_are_of_what_the_layers_give() -> None:
+    """OLMo 2: h + norm(f(h)), so that the feed-forward layer reads the stream, and the norm before it does not."""
+    with torch.random.fork_rng(devices=[]):
+        net = hf.Olmo2ForCausalLM(hf.Olmo2Config(**{**zoo.TEXT, "num_hidden_layers": 1})).eval()
+    ParallelAdapter(bottleneck=4, input="residual").apply(net)
+    perturb(net)
+    taps = [x.site for x in state.get_applied(net).placements if isinstance(x.adapter, Tap)]
+    assert taps == ["model.layers.0.mlp.up_proj"]
+    found = sites(zoo.build("llama"), "block")
+    names = [site.name.rpartition(".")[2] for site in norms_before(found, found[0])]
+    assert names == ["input_layernorm", "post_attention_layernorm"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from lightning_peft.core.sites import Site, Sites
 
 CLOSING = re.compile(r"output_layer_norm|full_layer_layer_norm|final_layer_norm")  # DistilBERT, ALBERT, BART
 AFTER = re.compile(r"post_(?:feedforward|ffn?|mlp)\w*")  # of what a feed-forward layer gives (Gemma 2)
+ATTENDED = re.compile(r"post_(?:self_)?att(?:entio)?n\w*")  # of what attention gives, or before the feed-forward layer
 NOT_FINAL = re.compile(r".*embed.*|pre_.*")  # of embeddings (BLOOM, BART), of patches (CLIP)
 SPEECH = ("Wav2Vec2", "Hubert", "WavLM", "UniSpeech", "UniSpeechSat", "Data2VecAudio")
 # where names tell nothing or the wrong thing: class of the block -> the end of the norm's name, "" for a pre-norm block
@@ -62,11 +63,12 @@ def _known(sites: Sites, block: Site) -> Site | None:
 def norms_before(sites: Sites, block: Site) -> list[Site]:
     """Norms of a pre-norm block, of which the last to run before the feed-forward layer reads the residual stream.
 
-    None in a post-norm block, where a layer reads the stream itself.
+    None in a post-norm block, nor where norms are of what the layers give (OLMo 2): there they read the stream itself.
     """
     if closing_norm(sites, block) is not None:
         return []
-    return [s for s in _norms(sites, block) if not AFTER.fullmatch(s.name.rpartition(".")[2])]
+    found = [s for s in _norms(sites, block) if not AFTER.fullmatch(s.name.rpartition(".")[2])]
+    return [] if all(ATTENDED.fullmatch(s.name.rpartition(".")[2]) for s in found) else found
 
 
 def final_norm(sites: Sites, block: Site) -> Site | None:

@@ -4,6 +4,7 @@ https://arxiv.org/abs/2110.04366
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.bottleneck import Activation, Bottleneck, Init
 from lightning_peft.core.fields import positive
 from lightning_peft.core.init import Draw
+from lightning_peft.core.representation import CHECKPOINT
 from lightning_peft.core.sites import Site, Sites, TargetError
 from lightning_peft.core.stream import norms_before, read_input
 
@@ -33,9 +35,20 @@ class Tap(Adapter):
         return {**vars(self), "seen": None}
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        own = vars(self.place)
+        checkpoint = own.get(CHECKPOINT)
+        if checkpoint is None:
+            return self.noted(base, *args, **kwargs)
+        own[CHECKPOINT] = lambda run, *inputs: checkpoint(functools.partial(self.noted, run), *inputs)
+        try:  # transformers checkpoints inside of this call, and runs that part again without it
+            return self.noted(base, *args, **kwargs)
+        finally:
+            own[CHECKPOINT] = checkpoint
+
+    def noted(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         tap = self if self.other is None else self.other
-        tap.seen = read_input(args, kwargs)
-        return base(*args, **kwargs)
+        tap.seen = read_input(args, kwargs or getattr(run, "keywords", {}))
+        return run(*args, **kwargs)
 
     def take(self) -> Tensor:
         """What was noted, once."""
