@@ -309,3 +309,36 @@ def test_what_a_subclass_has_to_say() -> None:
         ReFT().edit(3)
     with pytest.raises(NotImplementedError, match="Edit has no reset"):
         Edit().reset(None, False)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ masks of pairs
+@pytest.mark.parametrize("model", ["llama", "qwen2"])
+def test_a_cache_of_fixed_size_counts_padding_too(model: str) -> None:
+    net = zoo.build(model)
+    LoReFT(rank=2, first=2, last=2).apply(net)
+    perturb(net, 1.0)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for rows in ([[0, 0, 0, 5, 6, 7, 8, 9], [3, 4, 5, 6, 7, 8, 9, 10]], [[5, 6, 7], [8, 9, 10]], [[7], [3]]):
+        ids = torch.tensor(rows)
+        call = {"input_ids": ids, "attention_mask": (ids != 0).long(), **options}
+        assert torch.equal(net.generate(**call), net.generate(**call, cache_implementation="static"))
+
+
+def test_masks_of_pairs_are_padding_or_refused() -> None:
+    net = zoo.build("bert")
+    LoReFT(rank=2, first=2, last=2).apply(net)
+    perturb(net, 1.0)
+    call = zoo.inputs("bert")
+    real = call["attention_mask"].bool()
+    wanted = net(**call).logits
+    for mask in (real[:, None, None], real[:, None, None].expand(-1, -1, 7, -1)):
+        torch.testing.assert_close(net(input_ids=call["input_ids"], attention_mask=mask).logits, wanted)
+    llama = zoo.build("llama")
+    LoReFT(rank=2, first=2, last=2).apply(llama)
+    ids = zoo.inputs("llama", 1, 8)["input_ids"]
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    torch.testing.assert_close(llama(ids, attention_mask=causal[None, None]).logits, llama(ids).logits)
+    blocks = causal & torch.block_diag(*2 * [torch.ones(4, 4)]).bool()
+    for mask in (blocks[None, None], torch.zeros(1, 1, 8, 8).masked_fill(~blocks, torch.finfo(torch.float32).min)):
+        with pytest.raises(ValueError, match=r"An attention mask \(1, 1, 8, 8\) that says more than what is padding"):
+            llama(ids, attention_mask=mask)

@@ -43,7 +43,8 @@ class Positions(Adapter):
                 "position_ids start again inside a row and there is no mask: several texts are packed into one, and "
                 "the first and last tokens of each are unknown. Give every text a row of its own."
             )
-        self.prompt, self.running = prompt_mask(call, self.answers), True
+        self.prompt = None if self.generating else prompt_mask(call, self.answers)
+        self.running = True
         self.recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         try:
             return base(*args, **kwargs)
@@ -92,13 +93,52 @@ def prompt_mask(call: dict[str, Any], answers: bool) -> Tensor | None:
     mask, labels = call.get("attention_mask"), call.get("labels")
     if mask is None and (hidden := call.get("src_key_padding_mask")) is not None:
         mask = ~hidden if hidden.dtype == torch.bool else hidden == 0
-    mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    given = next((call[n] for n in ("input_ids", "inputs_embeds") if call.get(n) is not None), None)
+    mask = real_tokens(mask, None if given is None else given.shape[1])
     if answers and isinstance(labels, Tensor) and labels.dim() == 2:
         before = (labels != -100).cumsum(1) == 0
         before = before | ~(labels != -100).any(1, keepdim=True)
         if mask is None or mask.shape == before.shape:
             mask = before if mask is None else mask & before
     return mask
+
+
+def real_tokens(mask: Any, time: int | None) -> Tensor | None:
+    """(batch, time), True where a token is real; None without a mask.
+
+    mask: of padding, (batch, time), or of pairs, (batch, 1, time or 1, source), such as `generate` makes for a cache of
+    fixed size. One of pairs must be padding alone, causal or not: where it keeps texts of a row apart, nobody knows
+    which ends are meant.
+    """
+    if isinstance(mask, dict):  # transformers: one for each kind of layer
+        mask = mask.get("full_attention", mask)
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return None if mask is None else mask.bool()
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        seen = (mask == 0 if mask.is_floating_point() else mask.bool())[:, 0]
+        time = time or seen.shape[2]
+        real = seen[:, -1, :time]  # the last token looks at all that are real
+        if seen.shape[1] != time or mask.is_meta or torch.compiler.is_compiling():  # or no numbers to look at
+            return real
+        if padding_alone(seen[..., :time], real):
+            return real
+    shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(
+        f"An attention mask {shown} that says more than what is padding: the first and last tokens of a text cannot be "
+        "told from it. Pass the mask (batch, time), and give every text a row of its own."
+    )
+
+
+def padding_alone(seen: Tensor, real: Tensor) -> bool:
+    """Whether pairs (batch, time, time) are those of the real tokens (batch, time), all or the earlier ones.
+
+    Padding may look at real tokens, or at all where softmax needs something.
+    """
+    column = real[:, :, None]
+    stray = seen & ~real[:, None] & (column | ~seen.all(-1, keepdim=True))
+    pairs = real[:, None] & column
+    read = seen & column
+    return not bool(stray.any()) and (torch.equal(read, pairs) or torch.equal(read, pairs.tril()))
 
 
 def ends(prompt: Tensor | None, hidden: Tensor, first: int, last: int) -> Masks:

@@ -154,7 +154,8 @@ class LoReFT(ReFT, name="loreft", family="representation", paper="2404.03592", i
     return. tied: one (R, W, b) a place for both ends, else two (as pyreft; the paper's untied has one a position). L (2
     r d + r) parameters when tied. identity=True starts with W = R, b = 0, the base at step 0 (not in the paper). R
     stays orthonormal by a QR decomposition. `dropout` acts on the edit (the authors' code drops the whole h'). In an
-    encoder-decoder the encoder is edited. Source: section 3.2, equation 2. Generation needs its KV cache (the default).
+    encoder-decoder the encoder is edited. Source: section 3.2, equation 2. Generation needs its KV cache (the default)
+    and the whole prompt, without guesses behind it, in one forward: no prefill in chunks, no assisted decoding.
     """
 
     def edit(self, width: int) -> Edit:
