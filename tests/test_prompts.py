@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import IPT, VPT, LoRA, MultitaskPrompt, PromptTuning, PTuning, load_adapter, prompts, save_adapter
 from lightning_peft.core import state
+from lightning_peft.core.embedding import StackTokens
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.files import AdapterFileError
 from lightning_peft.core.sites import TargetError
@@ -867,3 +869,46 @@ def test_images_of_two_towers_inside_of_a_wrapper_get_prompts_in_their_own_tower
     cls = {"prompt_tuning": PromptTuning, "vpt": VPT}[name]
     cls(length=2, exclude="text_model.*").apply(net)
     assert {p.site.split(".")[1] for p in state.get_applied(net).placements} == {"vision_model"}
+
+
+class Twins(nn.Module):
+    """Two vision transformers of their own: the sum of what they say."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.left, self.right = zoo.build(kind), zoo.build(kind)
+
+    def forward(self, **call: Tensor) -> Tensor:
+        return sum(getattr(out := tower(**call), "logits", out) for tower in self.children())
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm_vit", "encoder"])
+@pytest.mark.parametrize("method", [VPT(length=3), VPT(length=3, deep=False), PromptTuning(length=3)], ids=str)
+def test_each_of_two_towers_puts_in_and_takes_out_its_own(kind: str, method: Any) -> None:
+    net = Twins(kind)
+    dataclasses.replace(method, heads=None).apply(net)
+    with torch.no_grad():
+        sum_of_both = net(**zoo.inputs(kind))
+        alone = []
+        for name, tower in net.named_children():
+            one = zoo.build(kind)
+            dataclasses.replace(method, heads=None).apply(one)
+            values = {n: p for n, p in tower.named_parameters() if n.endswith("prompt.tokens")}
+            assert values, name
+            one.load_state_dict(values, strict=False)
+            out = one(**zoo.inputs(kind))
+            alone.append(getattr(out, "logits", out))
+            places = [m.index for m in tower.modules() if isinstance(m, StackTokens)]
+            assert all(index == 1 for index in places)
+    close(sum_of_both, sum(alone), 1e-5)
+
+
+@pytest.mark.parametrize("method", [VPT(length=3, deep=False), PromptTuning(length=3)], ids=str)
+def test_a_tower_of_one_block(method: Any) -> None:
+    net, tokens = zoo.VisionTransformer(depth=1).eval(), []
+    net.blocks[0].register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    net.blocks[0].attn.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    net.norm.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[1]))
+    method.apply(net)
+    net(**zoo.inputs("timm_vit"))
+    assert tokens == [5, 8, 5]

@@ -211,6 +211,13 @@ def taken_out(out: Any, index: int, length: int) -> Any:
     return (x, *out[1:]) if isinstance(out, tuple) else x
 
 
+class BlockTokens(StackTokens):
+    """[x_cls; P; x] into one block, and P out of what it returns: the next block gets its own."""
+
+    def forward(self, base: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return taken_out(base(self.put_in(x), *args, **kwargs), self.index, self.length)
+
+
 class EncoderTokens(Tokens):
     """[P; x] around a whole `nn.TransformerEncoder`, with its two masks."""
 

@@ -14,7 +14,15 @@ from torch import nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.embedding import CrossMask, EncoderTokens, StackTokens, StripTokens, Turn, VirtualTokens
+from lightning_peft.core.embedding import (
+    BlockTokens,
+    CrossMask,
+    EncoderTokens,
+    StackTokens,
+    StripTokens,
+    Turn,
+    VirtualTokens,
+)
 from lightning_peft.core.fields import positive
 from lightning_peft.core.prompt import Prompt, Start, TaskPrompt
 from lightning_peft.core.sites import Site, Sites, TargetError, roles
@@ -63,7 +71,8 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
         for site in encoders or sites:
             above = [Above(name, sites.model.get_submodule(name)) for name in prefixes(site.name)]
             owner = next((a for a in reversed(above) if embeds_ids(a.module, site.module)), None)
-            encoder = next((a for a in modules_of(sites.model, nn.TransformerEncoder)), None)
+            encoders_here = modules_of(sites.model, nn.TransformerEncoder)
+            encoder = max(encoders_here, key=lambda a, at=site.name: shared(a.name, at), default=None)
             if owner is not None:
                 yield from self._text(above, owner, site)
             elif isinstance(site.module, nn.Embedding) and encoder is not None:
@@ -126,10 +135,18 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
 
     def _vision(self, sites: Sites, site: Site, above: list[Above]) -> Iterator[tuple[Site, Adapter]]:
         blocks = vision_blocks(sites.model, site)
-        index, prompt = class_tokens(sites.model), self.prompt(blocks[0].facts.hidden or 0, None)
-        yield blocks[0], StackTokens(index, prompt)
-        yield blocks[-1], StripTokens(self.length, index)
+        prompt = self.prompt(blocks[0].facts.hidden or 0, None)
+        yield from around(blocks[0], blocks[-1], class_tokens(sites.model, blocks[0]), prompt)
         yield from self.turns(above, Above(blocks[0].name, blocks[0].module), prompt)
+
+
+def around(first: Site, last: Site, index: int, prompt: Prompt) -> Iterator[tuple[Site, Adapter]]:
+    """Virtual tokens into the block `first` and out of what `last` returns, which may be the same."""
+    if first.module is last.module:
+        yield first, BlockTokens(index, prompt)
+    else:
+        yield first, StackTokens(index, prompt)
+        yield last, StripTokens(prompt.length, index)
 
 
 def vision_blocks(model: nn.Module, site: Site) -> list[Site]:
@@ -145,14 +162,21 @@ def vision_blocks(model: nn.Module, site: Site) -> list[Site]:
 
 def nearest(site: Site, others: list[Site]) -> list[Site]:
     """Those that share the longest part of their dotted name with `site`: what belongs to the same tower."""
-    shared = [len(os.path.commonprefix([site.name.split("."), other.name.split(".")])) for other in others]
-    return [other for other, length in zip(others, shared, strict=True) if length == max(shared)]
+    lengths = [shared(site.name, other.name) for other in others]
+    return [other for other, length in zip(others, lengths, strict=True) if length == max(lengths)]
 
 
-def class_tokens(model: nn.Module) -> int:
-    """How many tokens come before the patches."""
-    found = ((n.rpartition(".")[2], p) for n, p in model.named_parameters())
-    return sum(p.shape[1] if p.dim() == 3 else 1 for n, p in found if n in CLASS)
+def shared(a: str, b: str) -> int:
+    """How many parts two dotted names have in common at their beginning."""
+    return len(os.path.commonprefix([a.split("."), b.split(".")]))
+
+
+def class_tokens(model: nn.Module, block: Site) -> int:
+    """How many tokens come before the patches, in the tower of this block."""
+    near = nearest(block, roles(model).get("embed", []))
+    least = shared(block.name, near[0].name) if near else 0
+    found = [(n, p) for n, p in model.named_parameters() if n.rpartition(".")[2] in CLASS]
+    return sum(p.shape[1] if p.dim() == 3 else 1 for n, p in found if shared(block.name, n) >= least)
 
 
 BATCH = {"input_ids", "inputs_embeds", "pixel_values"}

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.embedding import EncoderTokens, StackTokens, StripTokens, taken_out
+from lightning_peft.core.embedding import EncoderTokens
 from lightning_peft.core.fields import positive, probability
 from lightning_peft.core.init import Draw
 from lightning_peft.core.prompt import Prompt, Start
 from lightning_peft.core.sites import Site, Sites, TargetError
-from lightning_peft.methods.prompt_tuning import class_tokens, nearest
+from lightning_peft.methods.prompt_tuning import around, class_tokens, nearest
 
 
 class VisualPrompt(Prompt):
@@ -31,13 +31,6 @@ class VisualPrompt(Prompt):
 
     def forward(self, batch: int) -> Tensor:
         return F.dropout(self.tokens[None], self.dropout, self.training)
-
-
-class BlockTokens(StackTokens):
-    """[x_cls; P; x] into one block, and P out of what it returns: the next block gets its own."""
-
-    def forward(self, base: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return taken_out(base(self.put_in(x), *args, **kwargs), self.index, self.length)
 
 
 class LayerTokens(EncoderTokens):
@@ -62,8 +55,8 @@ class VPT(PEFT, name="vpt", family="soft prompt", paper="2203.12119", identity=F
     (registers are kept in front, an average over patches does not see the prompts), and stacks of
     `nn.TransformerEncoderLayer`, with their masks. Initial values U(-b, b), b = sqrt(6 / (numbers in a patch + d)).
 
-    deep: False puts P_0 before the first block alone, and it goes through all: length * d parameters; dropout: of the
-    prompts. Source: section 3.2.
+    deep: False puts P_0 before the first block of a tower alone, and it goes through all: length * d parameters;
+    dropout: of the prompts. Source: section 3.2.
     """
 
     targets: str | list[str] | None = "block"
@@ -83,16 +76,14 @@ class VPT(PEFT, name="vpt", family="soft prompt", paper="2203.12119", identity=F
                 f"VPT finds no block that reads images among {[site.name for site in sites][:3]}... Use prompt_tuning "
                 "or prefix_tuning for text, or target the blocks of the vision tower."
             )
-        for site in chosen if self.deep else chosen[:1]:
-            prompt = VisualPrompt(self.length, site.facts.hidden or 0, patches[site.name], self.dropout)
-            if isinstance(site.module, nn.TransformerEncoderLayer):
-                yield self._layer(sites.model, site, prompt)
-            elif self.deep:
-                yield site, BlockTokens(class_tokens(sites.model), prompt)
-            else:
-                index = class_tokens(sites.model)
-                yield site, StackTokens(index, prompt)
-                yield chosen[-1], StripTokens(self.length, index)
+        for tower in towers(sites, chosen):
+            for site in tower if self.deep else tower[:1]:
+                prompt = VisualPrompt(self.length, site.facts.hidden or 0, patches[site.name], self.dropout)
+                if isinstance(site.module, nn.TransformerEncoderLayer):
+                    yield self._layer(sites.model, site, prompt)
+                else:
+                    last = site if self.deep else tower[-1]
+                    yield from around(site, last, class_tokens(sites.model, site), prompt)
 
     def _layer(self, model: nn.Module, site: Site, prompt: Prompt) -> tuple[Site, Adapter]:
         layer: Any = site.module
@@ -101,6 +92,17 @@ class VPT(PEFT, name="vpt", family="soft prompt", paper="2203.12119", identity=F
         name = ".".join(site.name.split(".")[:-2])  # the encoder of "encoder.layers.0"
         whole = dataclasses.replace(site, name=name, module=model.get_submodule(name))
         return whole, EncoderTokens(layer.self_attn.batch_first, prompt)
+
+
+def towers(sites: Sites, blocks: list[Site]) -> list[list[Site]]:
+    """The blocks that images pass one after the other: of one `nn.TransformerEncoder`, or behind the same patches."""
+    embeddings = [s for s in sites.known if s.role == "embed"]
+    found: dict[tuple[str, ...], list[Site]] = {}
+    for block in blocks:
+        own = isinstance(block.module, nn.TransformerEncoderLayer)
+        near = (block.name.rpartition(".")[0],) if own else tuple(s.name for s in nearest(block, embeddings))
+        found.setdefault(near, []).append(block)
+    return list(found.values())
 
 
 def patch_of(sites: Sites, site: Site) -> int:
