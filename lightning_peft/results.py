@@ -16,7 +16,6 @@ import torch
 from lightning_peft import __version__
 from lightning_peft.core import state
 from lightning_peft.core.files import save_adapter
-from lightning_peft.tasks.optimisation import parameter_groups
 
 
 def measured(metrics: Mapping[str, float], task: torch.nn.Module, data: Any) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def save_adapters(task: torch.nn.Module, directory: Path) -> dict[str, Any]:
 
 def parameter_counts(task: torch.nn.Module) -> dict[str, int]:
     """Counts of a run without a method."""
-    trainable = sum(p.numel() for group in parameter_groups(task) for p in group["params"])
+    trainable = sum(p.numel() for p in task.parameters() if p.requires_grad)
     return {"trainable": trainable, "total": sum(p.numel() for p in task.parameters())}
 
 

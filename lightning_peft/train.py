@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 import lightning_peft.strategies  # noqa: F401  registers the names in conf/strategy
 from lightning_peft import results, tracking
 from lightning_peft.callback import PEFT
-from lightning_peft.checks import ConfigError, check_method
+from lightning_peft.checks import ConfigError, check_method, locate
 from lightning_peft.config import build, plain
 from lightning_peft.gradient_checkpointing import configured
 from lightning_peft.groups import LoRAPlus, MakeOptimizer
@@ -43,12 +43,12 @@ def run(config: DictConfig) -> dict[str, Any]:
         trainer = build_trainer(config, loggers)
         check_sweep(trainer)
         data = build(config.data)
-        task = build_task(config, getattr(data, "classes", ()))
+        task = build_task(config, getattr(data, "classes", ()), data)
         if trainer.is_global_zero:
             OmegaConf.save(OmegaConf.create(plain(config)), directory / "config.yaml")
             if getattr(data, "fingerprint", None):
                 log.info("data: sha256 %s", data.fingerprint)
-        return fit_and_test(config, trainer, task, data)
+        return (fit_and_test if getattr(task, "learns", True) else only_test)(config, trainer, task, data)
 
 
 def fit_and_test(config: DictConfig, trainer: pl.Trainer, task: Any, data: Any) -> dict[str, Any]:
@@ -68,13 +68,32 @@ def fit_and_test(config: DictConfig, trainer: pl.Trainer, task: Any, data: Any) 
     return found
 
 
+def only_test(config: DictConfig, trainer: pl.Trainer, task: Any, data: Any) -> dict[str, Any]:
+    """The row of a table that trains nothing."""
+    start = time.perf_counter()
+    metrics = trainer.test(task.requires_grad_(False), task.batches(data), verbose=False)[0]
+    if not trainer.is_global_zero:
+        return {}
+    found = results.measured(metrics, task, data)
+    found |= {"task": dict(task.hparams), "seconds": {"test": round(time.perf_counter() - start, 2)}}
+    directory = Path(config.run_dir)
+    (directory / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    log.info("test: %s | nothing was trained | %s", ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()), directory)
+    return found
+
+
 # ------------------------------------------------------------------ building
-def build_task(config: DictConfig, classes: Sequence[str] = ()) -> pl.LightningModule:
+def build_task(config: DictConfig, classes: Sequence[str] = (), data: Any = None) -> pl.LightningModule:
     """The LightningModule around the model; the names of the classes come from the data, where it has classes.
 
-    Seeded here, so that a random model is the same one again when a run is loaded.
+    Seeded here, so that a random model is the same one again when a run is loaded. A task that does not learn gets the
+    data, where its examples come from.
     """
     pl.seed_everything(config.seed, workers=True, verbose=False)
+    target = config.task._target_
+    if not getattr(locate("task", target), "learns", True):
+        check_nothing_learns(config, data)
+        return build(config.task, model=build(config.model), data=data)
     count = {"num_classes": len(classes)} if classes else {}
     model = build(config.model, **count)
     names = {**count, "classes": list(classes)} if classes else {}
@@ -115,6 +134,18 @@ def build_trainer(config: DictConfig, loggers: list[Logger]) -> pl.Trainer:
 
 
 # ------------------------------------------------------------------ checks
+def check_nothing_learns(config: DictConfig, data: Any) -> None:
+    """A task that does not learn has texts with classes, and nothing to train."""
+    name = config.task._target_.rpartition(".")[2]
+    if config.get("peft") is not None or config.ckpt_path is not None:
+        raise ConfigError(f"{name} trains nothing: leave peft=null and ckpt_path=null.")
+    if not hasattr(data, "classes") or not hasattr(data, "splits"):
+        raise ConfigError(
+            f"{name} is a test on texts with classes and no more: run it with `lightning-peft train` and data=csv, "
+            f"json, hf or stdlib_docs; it got {'no data' if data is None else type(data).__name__}."
+        )
+
+
 def check_keep(config: DictConfig) -> None:
     """`keep` is one of two words."""
     if config.keep not in KEEP:

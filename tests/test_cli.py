@@ -137,6 +137,25 @@ def test_a_language_model(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_row_that_trains_nothing(capsys):
+    words = [*TEXT, "experiment=in_context", "model=tiny_gpt2", "data.batch_size=6", "hydra.run.dir=untrained"]
+    assert cli.main([*words, "in_context.shots=2", "in_context.calibrate=true"]) == 0
+    found = json.loads(Path("untrained/results.json").read_text())
+    assert found["counts"]["trainable"] == 0 < found["counts"]["total"]
+    assert 0 <= found["test"]["test/accuracy"] <= 1
+    assert len(found["task"]["examples"]) == 2
+    assert not Path("untrained/checkpoints").exists()
+    capsys.readouterr()
+    for more, message in (
+        (["peft=lora"], "InContext trains nothing: leave peft=null"),
+        (["data=instructions", "data.path=pairs.jsonl"], "on texts with classes and no more"),
+    ):
+        assert cli.main([*words, *more]) == 1
+        assert message in capsys.readouterr().err
+    assert cli.main(["plan", *words[1:]]) == 1
+    assert "no data" in capsys.readouterr().err
+
+
 def test_images(capsys):
     pytest.importorskip("sklearn")
     assert (

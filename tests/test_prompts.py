@@ -26,6 +26,7 @@ from lightning_peft.core.files import AdapterFileError
 from lightning_peft.core.sites import TargetError
 from lightning_peft.tasks import ByteTokenizer, CausalLM, InContext, TextData, constant
 from lightning_peft.tasks.data import Example
+from lightning_peft.tasks.models import tiny_bert
 
 WORDS = ["[UNK]", "good", "bad", "film", "the", "was", "very", "fine", "sad", "is", "it", ":", "text", "label", "ok"]
 
@@ -856,6 +857,17 @@ def test_the_row_of_no_training() -> None:
 def test_in_context_settings_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         in_context(**fields)
+
+
+def test_models_that_write_nothing_score_nothing() -> None:
+    data = Reviews("bytes", batch_size=2)
+    for model in ("bert_mlm", "bert"):
+        with pytest.raises(ValueError, match="scores what a language model writes, and BertFor"):
+            InContext(zoo.build(model), data, shots=1)
+    with pytest.raises(ValueError, match="scores what a language model writes, and PooledClassifier"):
+        InContext(tiny_bert(), data, shots=1).scores(["good"])
+    with pytest.raises(ValueError, match="positions .* in a GPT2"):
+        InContext(zoo.build("gpt2"), data, shots=8).scores(["good"])
 
 
 @pytest.mark.parametrize("name", ["prompt_tuning", "vpt"])

@@ -71,8 +71,7 @@ class PromptTuning(PEFT, name="prompt_tuning", family="soft prompt", paper="2104
         for site in encoders or sites:
             above = [Above(name, sites.model.get_submodule(name)) for name in prefixes(site.name)]
             owner = next((a for a in reversed(above) if embeds_ids(a.module, site.module)), None)
-            encoders_here = modules_of(sites.model, nn.TransformerEncoder)
-            encoder = max(encoders_here, key=lambda a, at=site.name: shared(a.name, at), default=None)
+            encoder = encoder_of(sites.model, site)
             if owner is not None:
                 yield from self._text(above, owner, site)
             elif isinstance(site.module, nn.Embedding) and encoder is not None:
@@ -213,8 +212,10 @@ def embeds_ids(module: nn.Module, embedding: nn.Module) -> bool:
     return get() is embedding
 
 
-def modules_of(model: nn.Module, kind: type[nn.Module]) -> list[Above]:
-    return [Above(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+def encoder_of(model: nn.Module, site: Site) -> Above | None:
+    """The nn.TransformerEncoder whose dotted name has most in common with that of `site`."""
+    found = [Above(name, m) for name, m in model.named_modules() if isinstance(m, nn.TransformerEncoder)]
+    return max(found, key=lambda a: shared(a.name, site.name), default=None)
 
 
 def causal(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_peft.core.embedding import check_length
 from lightning_peft.tasks.batches import IGNORE, pad
 from lightning_peft.tasks.data import Example, TextData
 from lightning_peft.tasks.task import Batch, Classification
@@ -28,8 +29,11 @@ class InContext(Classification):
     what a text is followed by, and the space in front of a label, are tokenised the same way in the examples and in the
     question. words: what to write for each class, default its name. max_length: of prompt and label; where it is
     exceeded the first examples are left out whole, then the end of the text. Run it with
-    `trainer.test(task, task.batches(data, "test"))`; metrics as in text classification.
+    `trainer.test(task, task.batches(data, "test"))`, or `lightning-peft train experiment=in_context`; metrics as in
+    text classification.
     """
+
+    learns = False
 
     def __init__(
         self,
@@ -53,6 +57,8 @@ class InContext(Classification):
         self.words = list(data.classes if words is None else words)
         if len(set(self.words)) != data.num_classes or shots < 0:
             raise ValueError(f"words={self.words}, shots={shots}: {data.num_classes} different words, 0 shots or more.")
+        if not getattr(model, "can_generate", lambda: True)():  # a transformers model that does not write
+            raise ValueError(no_language_model(model))
         self.tokenizer, self.max_length = tokenizer or data.tokenizer, max_length
         self.normalise, self.calibrate, self.empty = normalise, calibrate, list(empty)
         before, _, behind = template.removesuffix("{label}").partition("{text}")
@@ -114,6 +120,8 @@ class InContext(Classification):
             self.seq2seq if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False) else self.causal
         )
         logp, target = score(prompts, labels)
+        if logp.shape[:-1] != target.shape:
+            raise ValueError(no_language_model(self.model))
         counted = target != IGNORE
         picked = logp.float().log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0] * counted
         total = picked.sum(1)
@@ -131,6 +139,7 @@ class InContext(Classification):
         return self(**self.padded(prompts), labels=target), target
 
     def padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        check_length(self.model, max(map(len, rows)))
         ids, mask = pad(rows, self.tokenizer.pad_token_id or 0), pad([[1] * len(row) for row in rows], 0)
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
@@ -149,6 +158,13 @@ class InContext(Classification):
         number = {name: index for index, name in enumerate(data.classes)}
         rows = [(example.text, number[example.label]) for example in data.splits[split]]
         return DataLoader(rows, batch_size=batch_size or data.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def no_language_model(model: nn.Module) -> str:
+    return (
+        f"InContext scores what a language model writes, and {type(model).__name__} is none. Use a causal language "
+        "model or an encoder-decoder: model=hf model.name=gpt2, or model.task=seq2seq with a T5."
+    )
 
 
 def collate(rows: list[tuple[str, int]]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Task(LightningModule):
     scheduler: (optimizer, total_steps=...) -> scheduler, stepped every step; default `linear_warmup`.
     """
 
+    learns = True  # where it is False a run tests only, and the task is built with the data in place of an optimizer
+
     def __init__(
         self,
         model: nn.Module,
