@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 import zoo
-from harness import forward, loss, output, perturb, train
+from harness import differences, forward, loss, output, perturb, snapshot, train
 from lightning.pytorch.callbacks import ModelCheckpoint
 from settings import adapted, make
 from test_counts import fresh
@@ -339,6 +339,11 @@ def test_where_no_text_goes_in() -> None:
         method.apply(zoo.build("vit"))
     with pytest.raises(TargetError, match="a text in Idle does not pass Attend"):
         method.apply(Idle())
+    net = zoo.build("llama")
+    before = snapshot(net)
+    with pytest.raises(TargetError, match="the token id 100 is not among the 100 rows"):
+        PrefixTuning(length=2, init="text", text=[7, 100]).apply(net)
+    assert not differences(before, snapshot(net))
 
 
 class Idle(nn.Module):

@@ -467,7 +467,7 @@ def test_each_example_gets_the_prompt_of_its_task() -> None:
         close(net(**call).logits[[0, 2]], out[[0, 2]], 1e-10)
     with pytest.raises(ValueError, match="not whose turn it is"):
         net(**call)
-    with pytest.raises(ValueError, match="task_ids has 3 entries for a batch of 4"):
+    with pytest.raises(ValueError, match=r"task_ids is \(3,\) for a batch of 4"):
         net(**call, task_ids=ids[:3])
 
 
@@ -572,11 +572,21 @@ def test_from_source_tasks_to_a_target(tmp_path: Path) -> None:
         (MultitaskPrompt, {"source_task": 0}, "are about init='prompt'"),
         (IPT, {"stage": 3}, "stage is 1, or 2"),
         (IPT, {"stage": 2}, "with source= the adapter directory"),
+        (IPT, {"stage": 2, "source": "a", "tasks": 2}, "leave tasks, task, text"),
+        (IPT, {"stage": 2, "source": "a", "text": [1]}, "leave tasks, task, text"),
     ],
 )
 def test_tasks_that_make_no_sense(method: Any, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(FieldError, match=message):
         method(**fields)
+
+
+@pytest.mark.parametrize("ids", [[-1, 0], [3, 0]])
+def test_tasks_that_are_not_there(ids: list[int]) -> None:
+    net = zoo.build("bert")
+    MultitaskPrompt(tasks=3, length=2, heads=None).apply(net)
+    with pytest.raises(ValueError, match=r"there are 3 tasks, 0 to 2"):
+        net(**zoo.inputs("bert"), task_ids=torch.tensor(ids))
 
 
 # ------------------------------------------------------------------ intrinsic prompt tuning
@@ -694,6 +704,20 @@ def test_multitask_prompts_resume_where_they_were(tmp_path: Path) -> None:
     again = prompt_of(run(method(), 4, tmp_path, resume=str(tmp_path / "2.ckpt"))).state_dict()
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_template_that_no_text_holds_is_said(there: bool, recwarn: pytest.WarningsRecorder) -> None:
+    ids = torch.tensor([PSEUDO if there else 4, 5, 6])
+    rows = [{"input_ids": ids, "labels": ids}]
+    task = CausalLM(zoo.build("llama").train(), scheduler=constant)
+    trainer = Trainer(
+        max_steps=2, callbacks=[PTuning(pseudo=PSEUDO, template=[1], heads=None)], logger=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(task, DataLoader(rows))  # type: ignore[arg-type]
+    said = [w for w in recwarn if "the first batch has no pseudo token" in str(w.message)]
+    assert len(said) == (0 if there else 1)
 
 
 # ------------------------------------------------------------------ SPoT's retrieval, ensembles

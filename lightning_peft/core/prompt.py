@@ -104,6 +104,8 @@ class TaskPrompt(Prompt):
                     "(batch,) into the batch, set `task=`, or use `method.turn(model, task_ids)` around the call."
                 )
             return torch.tensor([self.task], device=device)
-        if batch % len(ids):
-            raise ValueError(f"task_ids has {len(ids)} entries for a batch of {batch}; give one for each example.")
-        return ids.to(device).repeat_interleave(batch // len(ids))  # beams are copies of an example
+        if ids.dim() != 1 or batch % len(ids):
+            raise ValueError(f"task_ids is {tuple(ids.shape)} for a batch of {batch}; give one for each example.")
+        if not (ids.is_meta or torch.compiler.is_compiling()) and bool(((ids < 0) | (ids >= self.tasks)).any()):
+            raise ValueError(f"task_ids={ids.tolist()}: there are {self.tasks} tasks, 0 to {self.tasks - 1}.")
+        return ids.to(device).long().repeat_interleave(batch // len(ids))  # beams are copies of an example

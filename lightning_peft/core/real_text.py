@@ -40,6 +40,10 @@ class RealText:
     @torch.no_grad()
     def run(self) -> None:
         ids = torch.tensor([self.ids], device=next(self.model.parameters()).device)
+        get: Any = getattr(self.model, "get_input_embeddings", lambda: None)
+        size = getattr(get(), "num_embeddings", None)
+        if size is not None and (wrong := [i for i in self.ids if not 0 <= i < size]):
+            raise TargetError(f"text: the token id {wrong[0]} is not among the {size} rows of the embedding.")
         names = inspect.signature(type(self.model).forward).parameters
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()

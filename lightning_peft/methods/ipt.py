@@ -130,8 +130,11 @@ class IPT(TaskPrompts, name="ipt", family="soft prompt", paper="2110.07867", ide
                 f"IPT(stage={self.stage}, source={self.source!r}, init={self.init!r}): stage is 1, or 2 with source= "
                 "the adapter directory of stage 1 and no init."
             )
+        given = self.tasks, self.task, self.text, self.labels, self.tokenizer, self.weights
         if self.stage == 1:
             super().check()
+        elif given != (1, None, None, None, None, None):
+            raise FieldError("IPT(stage=2) is about one task and starts at random: leave tasks, task, text, ... away.")
 
     def prompt(self, width: int, table: nn.Module | None) -> Prompt:
         if self.stage == 2:

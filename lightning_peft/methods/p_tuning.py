@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from lightning_peft.callback import PEFT
+from lightning_peft.core import state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.init import Draw
@@ -51,6 +54,7 @@ class Template(Adapter):
     def __init__(self, total: int, width: int, pseudo: list[int], encoder: str) -> None:
         super().__init__()
         self.total, self.ids = total, sorted(pseudo)
+        self.met = False  # any pseudo token
         self.tokens = nn.Parameter(torch.empty(total, width))
         self.lstm = BiLSTM(width) if encoder == "lstm" else None
         linear = partial(skip_init, nn.Linear, width, width)  # itself it draws from the global generator
@@ -74,14 +78,19 @@ class Template(Adapter):
         found = ids == self.ids[0]
         for other in self.ids[1:]:
             found = found | (ids == other)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self.met = True  # no numbers to look at
+        else:
             self.check(found.sum(-1))
         h = F.embedding((found.cumsum(-1) - 1).clamp(0, self.total - 1), self.rows().to(y.dtype))
         return torch.where(found.unsqueeze(-1), h, y)
 
     def check(self, counts: Tensor) -> None:
         """A row has all pseudo tokens of the template, or none (a step of generation)."""
-        if not counts.is_meta and bool(((counts != 0) & (counts != self.total)).any()):
+        if counts.is_meta:
+            return
+        self.met = self.met or bool(counts.any())
+        if bool(((counts != 0) & (counts != self.total)).any()):
             raise ValueError(
                 f"Rows with {sorted(set(counts.flatten().tolist()))} pseudo tokens; the template has {self.total}. Was "
                 "one cut off? `method.filled(pieces, max_length=...)` makes ids that keep them."
@@ -141,6 +150,17 @@ class PTuning(PEFT, name="p_tuning", family="soft prompt", paper="2103.10385", i
             if self.encoder == "lstm" and table.embedding_dim % 2:
                 raise TargetError(f"{site.name!r} has an odd width, {table.embedding_dim}; use encoder='mlp'.")
             yield site, Template(self.total, table.embedding_dim, self.tokens, self.encoder)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        if not vars(self).get("_met"):
+            vars(self)["_met"] = True
+            placed = state.get_applied(pl_module, self.name_on_model).placements
+            if not any(x.adapter.met for x in placed if isinstance(x.adapter, Template)):
+                rank_zero_warn(
+                    f"PTuning: the first batch has no pseudo token {self.tokens}, so nothing of the template trained. "
+                    "Put them into the ids of each text with `method.filled(pieces)`."
+                )
 
     def portable(self) -> PTuning:
         return dataclasses.replace(self, encoder="none")
