@@ -311,6 +311,17 @@ def test_what_a_subclass_has_to_say() -> None:
         Edit().reset(None, False)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_feed_forward_layer_that_reads_all_tokens_as_rows(tied: bool) -> None:
+    net = zoo.build("opt")
+    DiReFT(rank=2, first=1, last=2, targets="down", tied=tied).apply(net)
+    perturb(net, 0.5)
+    call = zoo.inputs("opt")
+    n = int(call["attention_mask"][1].sum())
+    alone = net(input_ids=call["input_ids"][1:, :n]).logits
+    torch.testing.assert_close(net(**call).logits[1:, :n], alone)
+
+
 # ------------------------------------------------------------------ masks of pairs
 @pytest.mark.parametrize("model", ["llama", "qwen2"])
 def test_a_cache_of_fixed_size_counts_padding_too(model: str) -> None:

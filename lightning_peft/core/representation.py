@@ -50,6 +50,8 @@ class Edited(Adapter):
         if masks is None or self.edit is None:
             return h
         first, last = ((m.T if self.time_first else m).unsqueeze(-1).to(h.dtype) for m in masks)
+        if h.dim() == 2:  # a feed-forward layer that reads all tokens of a batch as rows (OPT)
+            first, last = first.flatten(0, 1), last.flatten(0, 1)
         if self.edit_last is None:
             return h + (first + last) * self._dropped(self.edit(h))
         return h + first * self._dropped(self.edit(h)) + last * self._dropped(self.edit_last(h))
