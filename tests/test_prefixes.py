@@ -576,3 +576,10 @@ def test_checkpointing_in_bf16(name: str) -> None:
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
         assert torch.isfinite(a).all()
+
+
+def test_torchs_attention_with_a_hint_and_no_mask() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    PrefixTuning(length=2, targets="attend", heads=None).apply(net := nn.Sequential(layer))
+    with pytest.raises(ValueError, match="is_causal=True is a hint about attn_mask, and there is none"):
+        net[0](torch.zeros(1, 3, 32), is_causal=True)

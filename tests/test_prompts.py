@@ -419,6 +419,17 @@ def test_vpt_around_torchs_layers_sees_padding(deep: bool) -> None:
     close(net(**call), base.classifier((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)), 1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("method", [VPT(length=2), VPT(length=2, deep=False), PromptTuning(length=2)], ids=str)
+def test_torchs_layers_need_no_mask(method: Any, training: bool) -> None:
+    net = zoo.build("encoder").train(training)
+    dataclasses.replace(method, heads=None).apply(net)
+    tokens = zoo.inputs("encoder")["tokens"]
+    none = torch.zeros(tokens.shape, dtype=torch.bool)
+    x = net.embed(tokens)
+    close(net.encoder(x), net.encoder(x, src_key_padding_mask=none), 1e-5)
+
+
 @pytest.mark.parametrize(("deep", "count"), [(True, 12 * 50 * 768), (False, 50 * 768)])
 def test_vpt_counts_and_initial_values(deep: bool, count: int) -> None:
     net = VPT(length=50, deep=deep, heads=None).apply(fresh("vit-b"))

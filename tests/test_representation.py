@@ -323,7 +323,7 @@ def test_a_feed_forward_layer_that_reads_all_tokens_as_rows(tied: bool) -> None:
 
 
 # ------------------------------------------------------------------ masks of pairs
-@pytest.mark.parametrize("model", ["llama", "qwen2"])
+@pytest.mark.parametrize("model", ["llama", "qwen2", "bloom"])
 def test_a_cache_of_fixed_size_counts_padding_too(model: str) -> None:
     net = zoo.build(model)
     LoReFT(rank=2, first=2, last=2).apply(net)

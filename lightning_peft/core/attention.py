@@ -115,6 +115,8 @@ class MultiheadForward(Takeover):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         module, batched = self.module, query.dim() == 3
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True is a hint about attn_mask, and there is none: give the causal mask, too.")
         inputs = [self._batch_first(x, batched) for x in (query, key, value)]
         mask = merged_mask(inputs[0], key_padding_mask, attn_mask, module.num_heads)
         q, k, v = (

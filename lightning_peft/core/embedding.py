@@ -242,7 +242,7 @@ class EncoderTokens(Tokens):
             mask[..., :length, :length] = 0
         if src_key_padding_mask is not None:
             src_key_padding_mask = F.pad(src_key_padding_mask, (length, 0))
-        causal = None if mask is None else False  # the mask says it all
+        causal = is_causal if mask is None else False  # a mask says it all
         out = base(torch.cat([tokens, src], time), mask, src_key_padding_mask, causal)
         return out.narrow(time, length, src.shape[time])
 

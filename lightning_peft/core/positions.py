@@ -113,7 +113,7 @@ def real_tokens(mask: Any, time: int | None) -> Tensor | None:
     if isinstance(mask, dict):  # transformers: one for each kind of layer
         mask = mask.get("full_attention", mask)
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-        return None if mask is None else mask.bool()
+        return None if mask is None else mask.bool()[:, :time]  # BLOOM's is as long as a cache of fixed size
     if isinstance(mask, Tensor) and mask.dim() == 4:
         seen = (mask == 0 if mask.is_floating_point() else mask.bool())[:, 0]
         time = time or seen.shape[2]
