@@ -95,9 +95,19 @@ def expected(error: Exception) -> bool:
 
     from lightning_peft.callback import LifeCycleError
     from lightning_peft.checkpoint import CheckpointError
+    from lightning_peft.core.adapter import NotMergeableError
+    from lightning_peft.core.attention import UnsupportedSiteError
+    from lightning_peft.core.basis import BasisError
+    from lightning_peft.core.calibration import CalibrationError
     from lightning_peft.core.files import AdapterFileError
+    from lightning_peft.core.merge import MergeError
+    from lightning_peft.core.restart import PruneError
+    from lightning_peft.extra_loss import NoPredictionsError
 
-    ours = (LifeCycleError, CheckpointError, AdapterFileError)
+    ours = (
+        LifeCycleError, CheckpointError, AdapterFileError, CalibrationError, NoPredictionsError, NotMergeableError,
+        MergeError, UnsupportedSiteError, BasisError, PruneError,
+    )  # fmt: skip
     theirs = (HydraException, OmegaConfBaseException, MisconfigurationException)
     return isinstance(error, (ValueError, OSError, ImportError, *ours, *theirs))
 

@@ -422,6 +422,14 @@ def test_trace(monkeypatch):
         cli.main(["train", "peft=lorra"])
 
 
+def test_an_error_of_a_method_is_one_line(tmp_path, capsys):
+    """W_up of a LoRA starts at zero, so that GraSP has nothing to tell its entries apart by."""
+    words = ["peft=sparse_adapter", "peft.over=lora", "peft.score=grasp", "model=tiny_bert", "trainer=debug"]
+    assert cli.main(["train", *words, f"hydra.run.dir={tmp_path}"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lightning-peft: score='grasp' gives 4 tensors (b) nothing but zeros")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(argv):
         raise KeyError("bug")

@@ -105,7 +105,7 @@ class AdapterDrop(PEFT, name="adapterdrop", family="additive", paper="2010.11918
         return depth.training
 
     def keep_from(self, model: nn.Module, n: int, label: str | None = None) -> None:
-        """Leave the adapters of the first n blocks out at inference, from now on."""
+        """Leave the adapters of the first n blocks out at inference, from now on; files have the `n` of the method."""
         depth = self._depth(model, label)
         lowest = 0 if self.train == "random" else self.n
         if not lowest <= n <= depth.layers:
