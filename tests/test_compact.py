@@ -615,6 +615,24 @@ def test_choices_that_make_no_sense() -> None:
             tasks.MultipleChoice(nn.Linear(2, 2), **bad)
 
 
+@pytest.mark.parametrize("seq2seq", [True, False])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"labels": 2}, "choices of .2, 1. tokens, and choice 2 is right"),
+        ({"labels": -100}, "choice -100 is right"),
+        ({"choices": [[8, 9], []]}, "choices of .2, 0. tokens"),
+        ({"choices": []}, "choices of .. tokens"),
+        ({"input_ids": []}, "0 tokens of a prompt"),
+    ],
+)
+def test_rows_without_a_likelihood(changed: dict[str, Any], message: str, seq2seq: bool) -> None:
+    rows = [{"input_ids": [5, 6], "choices": [[8, 9], [10]], "labels": 1}]
+    assert choices.CollateChoices(0, seq2seq)(rows)["labels"].tolist() == [1]
+    with pytest.raises(ValueError, match=message):
+        choices.CollateChoices(0, seq2seq)([*rows, {**rows[0], **changed}])
+
+
 # ------------------------------------------------------------------ SparseAdapter
 def sparse(**more: Any) -> SparseAdapter:
     fields = {"settings": {"bottleneck": 4, "activation": "tanh"}, "score": "magnitude", "sparsity": 0.5, **more}

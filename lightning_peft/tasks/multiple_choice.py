@@ -138,6 +138,17 @@ def goals(batch: dict[str, Tensor]) -> Tensor:
     return targets[..., 1:] if batch["input_ids"].dim() == 3 else targets
 
 
+def check_row(row: dict[str, Any]) -> None:
+    """Raise on a row without a likelihood of its right choice: the loss would be infinite, or no number."""
+    lengths = [len(choice) for choice in row["choices"]]
+    if not len(row["input_ids"]) or not all(lengths) or not 0 <= int(row["labels"]) < len(lengths):
+        raise ValueError(
+            f"A row has {len(row['input_ids'])} tokens of a prompt, choices of {lengths} tokens, and choice "
+            f"{int(row['labels'])} is right. Give a prompt (a start token at least), choices that are not empty, and "
+            "the number of one of them, counted from 0."
+        )
+
+
 class CollateChoices:
     """Rows {"input_ids": ids of the prompt, "choices": [ids, ...], "labels": which is right} -> the batch.
 
@@ -150,6 +161,8 @@ class CollateChoices:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Rows -> batch"""
+        for row in rows:
+            check_row(row)
         prompts, choices = [list(row["input_ids"]) for row in rows], [row["choices"] for row in rows]
         count = max(map(len, choices))
         every: list[list[list[int]]] = [[*map(list, own), *[[]] * (count - len(own))] for own in choices]
