@@ -28,6 +28,7 @@ from lightning_peft.core.sites import TargetError
 from lightning_peft.gradient_checkpointing import checkpoint_blocks
 from lightning_peft.methods.lets import Aggregator, Choice, ChosenSparse
 from lightning_peft.methods.lst import Ladder
+from lightning_peft.precision import quantise
 
 
 def ladder(net: nn.Module, stack: str = "") -> Ladder:
@@ -505,6 +506,19 @@ def test_fisher_information_of_batches_that_say_nothing() -> None:
     with pytest.raises(CalibrationError, match="0 batches"):
         method.calibrate(net, [])
     assert state.active(net) == ["lst"]
+
+
+@pytest.mark.parametrize("method", [LST(reduction=4), LeTS(rank=1, form="sparse")])
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_weights_in_codes_have_no_fisher_information(method: Any, model: str) -> None:
+    """What else is in a block has some, biases and norms: that must not pass for the whole."""
+    net = zoo.build(model)
+    quantise(net)
+    method.apply(net)
+    before = tensors(net)
+    with pytest.raises(CalibrationError, match="weights in codes.*magnitudes"):
+        method.calibrate(net, [{**zoo.inputs(model), "labels": torch.tensor([0, 2])}])
+    assert not moved(before, tensors(net))
 
 
 def test_lst_random_start_is_another() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.core.architectures import features, is_conv1d, is_linear
 from lightning_peft.core.calibration import CalibrationError, Run, distributed, on_any_rank
 from lightning_peft.core.projection import base_weight
+from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.sites import Site
 
 Scores = Mapping[int, Tensor]  # id of a parameter -> what its entries matter
@@ -197,8 +198,15 @@ def fisher(
 ) -> tuple[dict[int, Tensor], int]:
     """id of a parameter -> the sum over batches of its squared gradient (d loss / d w)^2, and how many batches.
 
-    Parameters in codes have none. Flags and gradients of the model stay as they are; everything is in eval mode.
+    Weights in codes have no gradient, which is an error. Flags and gradients of the model stay as they are; everything
+    is in eval mode.
     """
+    modules = list(modules)
+    if coded := sum(is_quantised(m) for m in {m for module in modules for m in module.modules()}):
+        raise CalibrationError(
+            f"{coded} of the modules hold their weights in codes, which have no gradient to take a score from. "
+            "Calibrate before the base is quantised, or take the scores from magnitudes (the default)."
+        )
     chosen = {id(p): p for m in modules for p in m.parameters() if p.is_floating_point()}
     flags, modes = [(p, p.requires_grad) for p in chosen.values()], {m: m.training for m in model.modules()}
     total: dict[int, Tensor] = {}

@@ -146,9 +146,9 @@ class LeTS(PEFT, name="lets", family="hybrid", paper="", mergeable=True):
     through a projection that starts at zero (4 w (d + w + 2) 2 + 2 w d parameters); it cannot be merged, D can, with
     the p of evaluation. The base at step 0.
 
-    There is no code, and what the paper leaves open is decided here: the pooling (mean), the way of the LSTM's states
-    into the head (added, where the paper's classifier reads them alone), one choice a block (the cost of each
-    is that of its sites), D low-rank beside sparse. Gradients go through the blocks, as D is inside of them.
+    There is no code, and what the paper leaves open is decided here: the pooling (mean, padding too), the way of the
+    LSTM's states into the head (added, where the paper's classifier reads them alone), one choice a block (the cost of
+    each is that of its sites), D low-rank beside sparse. Gradients go through the blocks, as D is inside of them.
     """
 
     targets: str | list[str] | None = "q,v,up,down"

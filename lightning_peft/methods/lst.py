@@ -232,8 +232,9 @@ class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=Fals
 
     init: "magnitude" or "fisher" cut the side blocks from the base's: the features of the stream, of each head, and of
     each feed-forward layer that matter most, by |w| or by (d loss / d w)^2 over `batches` batches of the training
-    data, taken when `fit` starts or by `calibrate`; "random" draws them, and so are plain blocks. Downs and Up are
-    drawn, alpha_i = 0. T = `temperature`. Not the base at step 0. Source: section 3; code: the gate is on s.
+    data, taken when `fit` starts or by `calibrate`, of a base in floats; "random" draws them, and so are plain blocks.
+    Downs and Up are drawn, alpha_i = 0. T = `temperature`. Not the base at step 0. Source: section 3; code: the gate is
+    on s.
     """
 
     targets: str | list[str] | None = "block"
