@@ -63,7 +63,11 @@ class Recompute(Route):
         if has_own(self.module):
             return run(*reachable(self.module, args), **kwargs)
         call = without_cache(self.module, args, kwargs)
-        return run(*args, **kwargs) if call is None else self.recomputed(run, *call)
+        if call is None:
+            return run(*args, **kwargs)
+        for adapter in () if torch.compiler.is_compiling() else adapters_of(self.module):  # a graph runs no code again
+            run = adapter.twice(run, *call) if adapter.cell.on else run
+        return self.recomputed(run, *call)
 
     def recomputed(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.preserve_rng_state}

@@ -24,6 +24,7 @@ from lightning_peft.core.embedding import StackTokens
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.files import AdapterFileError
 from lightning_peft.core.sites import TargetError
+from lightning_peft.gradient_checkpointing import checkpoint_blocks
 from lightning_peft.tasks import ByteTokenizer, CausalLM, InContext, TextData, constant
 from lightning_peft.tasks.data import Example
 from lightning_peft.tasks.models import tiny_bert
@@ -598,6 +599,29 @@ def test_tasks_that_are_not_there(ids: list[int]) -> None:
     MultitaskPrompt(tasks=3, length=2, heads=None).apply(net)
     with pytest.raises(ValueError, match=r"there are 3 tasks, 0 to 2"):
         net(**zoo.inputs("bert"), task_ids=torch.tensor(ids))
+
+
+@pytest.mark.parametrize("how", ["in the batch", "in turn"])
+@pytest.mark.parametrize("method", [MultitaskPrompt(length=2, tasks=3), IPT(length=2, tasks=3, dimension=3)], ids=str)
+def test_blocks_that_run_twice_get_the_same_task_twice(method: Any, how: str) -> None:
+    gradients = []
+    for on in (False, True):
+        net = zoo.build("vit").train()
+        here = dataclasses.replace(method, heads=None)
+        here.apply(net)
+        if on:
+            checkpoint_blocks(net)
+        total = 0
+        for ids in ([0, 1], [2, 2]):
+            if how == "in turn":
+                with here.turn(net, ids):
+                    total = total + net(**zoo.inputs("vit")).logits.pow(2).sum()
+            else:
+                total = total + net(**zoo.inputs("vit"), task_ids=torch.tensor(ids)).logits.pow(2).sum()
+        total.backward()
+        gradients.append([p.grad for p in state.trainable(net).values()])
+    for a, b in zip(*gradients, strict=True):
+        close(a, b, 1e-5)
 
 
 # ------------------------------------------------------------------ intrinsic prompt tuning

@@ -254,6 +254,24 @@ def test_under_checkpointing_the_places_inside_know_their_positions(how: str) ->
         torch.testing.assert_close(gradients[1][n], expected, atol=1e-6, rtol=1e-5)
 
 
+def test_positions_survive_inputs_that_move_while_backward_waits() -> None:
+    """As with activations that are kept on the host: the second run gets copies of the first one's input."""
+    gradients = []
+    for on in (False, True):
+        net = zoo.build("llama").train()
+        LoReFT(rank=2, first=1, last=1, targets="block,o", heads=None).apply(net)
+        perturb(net, scale=0.3)
+        if on:
+            checkpoint_blocks(net)
+        call = inputs("llama")
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            loss_of = net(**call, labels=call["input_ids"]).loss
+        loss_of.backward()
+        gradients.append({n: p.grad for n, p in state.trainable(net).items()})
+    for n, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], expected, atol=1e-6, rtol=1e-5)
+
+
 def test_torchs_encoder_with_time_in_front() -> None:
     """batch_first=False: blocks see (time, batch, d), and the padding mask is (batch, time) still."""
 

@@ -59,6 +59,14 @@ class Adapter(nn.Module):
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward(base, *args, **kwargs); define one.")
 
+    def twice(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """`run`, which gradient checkpointing calls now and once more in backward, told the same both times.
+
+        For adapters that are told something from outside of the block for each call (positions, whose turn it is): by
+        the time of the second run somebody may have said something else.
+        """
+        return run
+
     def delta(self, weight: Tensor) -> Tensor:
         """The change of `weight` (d_out, d_in) that has the same effect, in the dtype of `weight`."""
         raise NotMergeableError(

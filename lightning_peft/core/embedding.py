@@ -7,6 +7,7 @@ encoder's output, since the decoder attends to them.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,29 @@ class Tokens(Adapter):
         if batch % len(given):
             raise ValueError(f"{len(given)} prompts do not go into a batch of {batch}; replicate each example for all.")
         return given.repeat_interleave(batch // len(given), 0)  # beams are copies of an example
+
+    def twice(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        return functools.partial(self._told, self.said(), run)
+
+    def said(self) -> dict[str, Any]:
+        """What this call was told: the task of each example, or the prompts."""
+        return {name: vars(part)[name] for part, name in self._where()}
+
+    def _where(self) -> list[tuple[nn.Module, str]]:
+        tasks = isinstance(self.prompt, TaskPrompt)
+        return [(self, "given"), *([(self.prompt, "ids"), (self.prompt, "held")] if tasks else [])]
+
+    def _told(self, said: dict[str, Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.said()
+        try:
+            self._say(said)
+            return run(*args, **kwargs)
+        finally:
+            self._say(before)
+
+    def _say(self, said: dict[str, Any]) -> None:
+        for part, name in self._where():
+            setattr(part, name, said[name])
 
     def reset(self, draw: Draw) -> None:
         self.prompt.reset(draw)

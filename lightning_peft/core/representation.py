@@ -72,13 +72,26 @@ class EditedBlock(Edited):
         vars(self)["positions"] = positions  # it is registered where it listens
         self.first, self.last = first, last
         self.masks: Masks | None = None
-        self.noted = False  # whether a place inside asks
+        self.told: tuple[Masks | None] | None = None  # of a call that runs twice
+        self.asked = False  # whether a place inside wants to know
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Masks | None:
+        """The positions of this call."""
+        given = args[0] if args else next(iter(kwargs.values()))
+        return self.positions.mask(given.transpose(0, 1) if self.time_first else given, self.first, self.last)
+
+    def twice(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        return functools.partial(self._told, self.of(args, kwargs), run)
+
+    def _told(self, masks: Masks | None, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.told = (masks,)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self.told = None
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = args[0] if args else next(iter(kwargs.values()))
-        masks = self.positions.mask(given.transpose(0, 1) if self.time_first else given, self.first, self.last)
-        if not self.noted:
-            return changed(base(*args, **kwargs), self.edited, masks)
+        masks = self.of(args, kwargs) if self.told is None else self.told[0]
         own = vars(self.place)
         checkpoint = own.get(CHECKPOINT)
         if checkpoint is not None:  # transformers checkpoints inside of this call, and runs that part again without it
@@ -92,6 +105,8 @@ class EditedBlock(Edited):
 
     def within(self, masks: Masks | None, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the block with the positions of this call noted."""
+        if not self.asked:  # a compiled block that is checkpointed may note nothing
+            return run(*args, **kwargs)
         self.masks = masks
         try:
             return run(*args, **kwargs)
@@ -106,7 +121,7 @@ class Inside(Edited):
         super().__init__(*edits, time_first=time_first)
         self.block: Any
         vars(self)["block"] = block  # it is registered at the block
-        block.noted = True
+        block.asked = True
 
 
 class EditedInput(Inside):
