@@ -53,7 +53,10 @@ TITLES = {
     "norms": ("At a norm", "a bottleneck around the norm that closes a block"),
     "beside": ("Beside a sublayer", "y = f(u) + s D(u): both read the same input"),
     "attention": ("Inside attention", "keys and values of their own, or another mask, at the product itself"),
-    "input": ("Before the first block", "virtual tokens in front of the text or behind the class token"),
+    "input": (
+        "Before the first block",
+        "virtual tokens in front of the text or behind the class token; of VPT in each block anew",
+    ),
     "blocks": ("What a block returns", "h' = h + e(h), at chosen positions or everywhere"),
     "ends": ("The ends of a model", "behind the embedding and before the head"),
     "side": (
