@@ -31,12 +31,22 @@ log = logging.getLogger("lightning_peft")
 
 Family = Literal["reparametrisation", "additive", "soft prompt", "representation", "selective", "hybrid", "baseline"]
 Scope = Literal["targets", "model", "nothing"]
+Overhead = Literal["none", "products", "tokens", "prompt"]
+Storage = Literal["adapter", "weights", "model"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a method says about itself; the README row, the docs page and the tests are made of it."""
+    """What a method says about itself; the README row, the docs page, the tests and `choose` are made of it.
+
+    overhead: what a forward pass costs more than the base's once training is over and what can be merged is merged:
+    "none", "products" (small layers or scales), "tokens" (longer sequences, or more keys), "prompt" (on the prompt
+    alone, nothing on the tokens generated after it). backprop: whether the backward pass goes through the backbone, so
+    that its activations are kept. storage: what a task's file holds: an "adapter", "weights" of the base that train
+    (all of a tensor, or the entries of a mask), the whole "model". batched: whether rows of one batch can be of
+    different adapters by two thin products or a scale a row: a change that is linear in the input, or a prompt.
+    """
 
     name: str
     family: Family
@@ -44,6 +54,10 @@ class Info:
     mergeable: bool
     identity: bool  # the adapted model equals the base at step 0
     equation: str
+    overhead: Overhead = "none"
+    backprop: bool = True
+    storage: Storage = "adapter"
+    batched: bool = False
 
 
 REGISTRY: dict[str, type[Method]] = {}
@@ -103,6 +117,10 @@ class Method:
         paper: str = "",
         mergeable: bool = False,
         identity: bool = True,
+        overhead: Overhead | None = None,
+        backprop: bool = True,
+        storage: Storage | None = None,
+        batched: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init_subclass__(**kwargs)
@@ -114,7 +132,8 @@ class Method:
                 f"A method named {name!r} is registered: {taken.__module__}.{taken.__name__}. Choose another name."
             )
         equation = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
-        cls.info = Info(name, family, paper, mergeable, identity, equation)
+        said = overhead or known_overhead(family, mergeable), backprop, storage or known_storage(family)
+        cls.info = Info(name, family, paper, mergeable, identity, equation, *said, known_batched(family, batched))
         REGISTRY[name] = cls
 
     def __new__(cls, *_: Any, **fields: Any) -> Method:
@@ -192,6 +211,24 @@ class Method:
     ) -> contextlib.AbstractContextManager[None]:
         """Switch the adapters on or off; as a `with` block, until its end. Never touches `requires_grad`."""
         return enabled(model, label or self.label or self.info.name, on)
+
+
+# ------------------------------------------------------------------ what a class line leaves open
+def known_overhead(family: Family, mergeable: bool) -> Overhead:
+    """What is merged, or trained in place, costs nothing; prompts are tokens; the rest is computed beside."""
+    if mergeable or family in ("selective", "baseline"):
+        return "none"
+    return "tokens" if family == "soft prompt" else "products"
+
+
+def known_storage(family: Family) -> Storage:
+    """Selective methods change weights of the base, the others come beside them."""
+    return "weights" if family == "selective" else "adapter"
+
+
+def known_batched(family: Family, batched: bool | None) -> bool:
+    """Prompts are rows of a batch anyway; of other changes a method says so itself."""
+    return family == "soft prompt" if batched is None else batched
 
 
 def default(f: dataclasses.Field[Any]) -> Any:

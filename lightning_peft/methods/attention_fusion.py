@@ -57,7 +57,7 @@ class Fusion(Tap):
         return (scores.softmax(0).to(h.dtype).unsqueeze(-1) * h).sum(0)
 
 
-class AttentionFusion(PEFT, name="attention_fusion", family="additive", paper="", identity=False):
+class AttentionFusion(PEFT, name="attention_fusion", family="additive", paper="", identity=False, backprop=False):
     """z_t = sum_i w_ti h_ti, w_t = softmax_i(<q, phi(h_ti)> / sqrt(d)): each token chooses among its layers' states
 
     h_i (..., d) is what the frozen block i returns; z takes the place of what the last block returns, so that a final

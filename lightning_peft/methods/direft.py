@@ -34,7 +34,7 @@ class DirectEdit(Edit):
         return F.linear(h, self.w1.to(h.dtype), self.b.to(h.dtype)) @ self.w2.to(h.dtype)
 
 
-class DiReFT(ReFT, name="direft", family="representation", paper="2404.03592", identity=False):
+class DiReFT(ReFT, name="direft", family="representation", paper="2404.03592", identity=False, overhead="prompt"):
     """h' = h + W2^T (W1 h + b)
 
     LoReFT (see there for positions, places and fields) without orthogonality and without the difference: LoRA on a

@@ -64,7 +64,15 @@ class InputAdapter(PEFT, name="input_adapter", family="additive", paper="1902.00
                 yield site, InputBottleneck(site.out_features, *shape)
 
 
-class OutputAdapter(PEFT, name="output_adapter", family="additive", paper="1902.00751", mergeable=True):
+class OutputAdapter(
+    PEFT,
+    name="output_adapter",
+    family="additive",
+    paper="1902.00751",
+    mergeable=True,
+    overhead="products",
+    backprop=False,
+):
     """z + W_up phi(W_dn z + b_dn) + b_up on the last hidden states, before the head
 
     z is what the norm after the last block gives, or the last block where there is none; of the decoder in an

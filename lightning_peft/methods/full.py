@@ -7,7 +7,7 @@ from torch import nn
 from lightning_peft.callback import PEFT
 
 
-class FullFineTuning(PEFT, name="full", family="baseline", mergeable=True):
+class FullFineTuning(PEFT, name="full", family="baseline", mergeable=True, storage="model"):
     """train every parameter
 
     keep_base: a copy of the base stays on the CPU, so that `remove` restores it bit for bit; turn it off for large

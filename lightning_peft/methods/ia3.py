@@ -63,7 +63,7 @@ class ScaleNorm(ScaleOutput):
         return float(functional_call(self.place, zeros, (probe[None],)).any())
 
 
-class IA3(PEFT, name="ia3", family="additive", paper="2205.05638", mergeable=True):
+class IA3(PEFT, name="ia3", family="additive", paper="2205.05638", mergeable=True, batched=True):
     """k = l_k * W_k x, v = l_v * W_v x, f = W_down (l_ff * g(x))
 
     Keys and values (self- and cross-attention) are scaled after their projection, bias included and before any

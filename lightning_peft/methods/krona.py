@@ -50,7 +50,7 @@ def check_left(method: PEFT, left: list[int] | None) -> None:
         raise FieldError(f"{type(method).__name__}(left={left!r}): expected two numbers above 0, the shape of A.")
 
 
-class KronA(PEFT, name="krona", family="reparametrisation", paper="2212.10650", mergeable=True):
+class KronA(PEFT, name="krona", family="reparametrisation", paper="2212.10650", mergeable=True, batched=True):
     """y = W x + s (A kron B) x
 
     A (o1, i1) starts Kaiming-uniform, B (o2, i2) at zero, o1 o2 = d_out and i1 i2 = d_in: the base at step 0.

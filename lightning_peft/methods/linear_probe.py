@@ -7,7 +7,7 @@ from __future__ import annotations
 from lightning_peft.callback import PEFT
 
 
-class LinearProbe(PEFT, name="linear_probe", family="baseline", paper="1610.01644", mergeable=True):
+class LinearProbe(PEFT, name="linear_probe", family="baseline", paper="1610.01644", mergeable=True, backprop=False):
     """train the head on frozen features, nothing else
 
     The head is found by `heads`: "auto" knows the usual names (classifier, score, head, ...); a model without one is

@@ -65,7 +65,7 @@ class ZeroInitAttention(Adapter):
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-class LlamaAdapter(PEFT, name="llama_adapter", family="additive", paper="2303.16199"):
+class LlamaAdapter(PEFT, name="llama_adapter", family="additive", paper="2303.16199", overhead="tokens"):
     """Att(q, K, V) + tanh(g) Att(q, W_k P, W_v P)
 
     Each attention layer gets a prompt P (length, d), N(0, 1), which goes through its frozen key and value projections,

@@ -38,7 +38,7 @@ class BiasScale(Adapter):
         return self.scale.to(y.dtype) * (y + self.bias.to(y.dtype))
 
 
-class LlamaAdapterV2(PEFT, name="llama_adapter_v2", family="additive", paper="2304.15010"):
+class LlamaAdapterV2(PEFT, name="llama_adapter_v2", family="additive", paper="2304.15010", overhead="tokens"):
     """y = s * (W x + b) at every projection, Att(q, K, V) + tanh(g) Att(q, W_k P, W_v P), norms trained
 
     Taken from the paper: a bias and a scale at each linear layer of the blocks (b = 0, s = 1 at the start), the norms

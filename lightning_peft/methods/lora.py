@@ -21,7 +21,7 @@ from lightning_peft.core.sites import Site, Sites, TargetError, tokens
 from lightning_peft.core.targets import Shape, matrix_shape, per_site
 
 
-class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", mergeable=True):
+class LoRA(PEFT, name="lora", family="reparametrisation", paper="2106.09685", mergeable=True, batched=True):
     """y = W x + (alpha / rank) B A x
 
     A (rank, d_in) starts Kaiming-uniform or Gaussian (sigma = 1 / rank), B (d_out, rank) at zero: the base at step 0.

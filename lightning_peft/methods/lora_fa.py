@@ -51,7 +51,7 @@ class FrozenDown(LowRank):
         return y + self.term(x, *self.factors(), y.dtype, rank_dropout=self.dropout)
 
 
-class LoRAFA(PEFT, name="lora_fa", family="reparametrisation", paper="2308.03303", mergeable=True):
+class LoRAFA(PEFT, name="lora_fa", family="reparametrisation", paper="2308.03303", mergeable=True, batched=True):
     """y = W x + (alpha / rank) B A x, A frozen
 
     A (rank, d_in) is drawn Kaiming-uniform and stays, B (d_out, rank) starts at zero: the base at step 0. rank * d_out

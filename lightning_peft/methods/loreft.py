@@ -143,7 +143,7 @@ class LowRankEdit(Edit):
         return {**self.state_dict(), "r": self.rotation().detach()}
 
 
-class LoReFT(ReFT, name="loreft", family="representation", paper="2404.03592", identity=False):
+class LoReFT(ReFT, name="loreft", family="representation", paper="2404.03592", identity=False, overhead="prompt"):
     """h' = h + R^T (W h + b - R h), R R^T = I
 
     h (d,) is what a block returns at the first `first` and the last `last` tokens of the prompt: real tokens by the

@@ -214,7 +214,7 @@ class Rail:
         return list(side.get_submodule(self.path).children())
 
 
-class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=False):
+class LST(PEFT, name="lst", family="additive", paper="2206.06522", identity=False, backprop=False):
     """z = Up(s_L), s_i = Block_i(mu_i s_{i-1} + (1 - mu_i) Down_i(h_i)), mu_i = sigmoid(alpha_i / T)
 
     h_i (..., d) is what the frozen block i returns, s_0 = Down_0(h_0); Down (w, d) and Up (d, w) with bias,

@@ -12,7 +12,7 @@ from lightning_peft.methods.parallel import ParallelAdapter
 from lightning_peft.methods.prefix_tuning import PrefixTuning
 
 
-class MAM(PEFT, name="mam", family="hybrid", paper="2110.04366", identity=False):
+class MAM(PEFT, name="mam", family="hybrid", paper="2110.04366", identity=False, overhead="tokens"):
     """prefix tuning on attention + scaled parallel adapter on the feed-forward layer
 
     The same as applying the two methods one after the other. prefix_bottleneck > 0 trains the prefix through an MLP

@@ -125,7 +125,7 @@ def members(width: int, groups: Tensor) -> Tensor:
     return few + (groups < more).long()
 
 
-class MoRA(PEFT, name="mora", family="reparametrisation", paper="2405.12130", mergeable=True):
+class MoRA(PEFT, name="mora", family="reparametrisation", paper="2405.12130", mergeable=True, batched=True):
     """y = W x + decompress(M compress(x)), M square
 
     M (n, n), n = round(sqrt(rank (d_in + d_out))), starts at zero: the base at step 0. n^2 parameters a site, about

@@ -34,7 +34,7 @@ class Parallels(LowRank):
         return self.a, b.flatten(1)
 
 
-class MultiLoRA(PEFT, name="multilora", family="reparametrisation", paper="2311.11501", mergeable=True):
+class MultiLoRA(PEFT, name="multilora", family="reparametrisation", paper="2311.11501", mergeable=True, batched=True):
     """y = W x + (alpha / rank) sum_n g_n * (B_n A_n x)
 
     `modules` products beside each other; all A_n (rank, d_in) and B_n (d_out, rank) are Kaiming-uniform, the gains

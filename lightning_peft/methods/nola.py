@@ -112,7 +112,7 @@ class Combined(LowRank):
         return {n: t for n, t in whole.items() if n not in ("alpha", "beta")} | self.encoded()
 
 
-class NOLA(PEFT, name="nola", family="reparametrisation", paper="2310.02556", mergeable=True):
+class NOLA(PEFT, name="nola", family="reparametrisation", paper="2310.02556", mergeable=True, batched=True):
     """y = W x + (alpha / rank) B A x, A = sum_j alpha_j A_j, B = sum_j beta_j B_j, A_j and B_j frozen and random
 
     The bases of U(-1, 1) / sqrt(coefficients) are a function of seed, site and index: never stored, drawn in chunks

@@ -21,7 +21,7 @@ class FreeEdit(LowRankEdit):
         return self.r
 
 
-class NoReFT(ReFT, name="noreft", family="representation", paper="2404.03592", identity=False):
+class NoReFT(ReFT, name="noreft", family="representation", paper="2404.03592", identity=False, overhead="prompt"):
     """h' = h + R^T (W h + b - R h)
 
     LoReFT (see there for positions, places and fields) with any R: no decomposition in the forward. R and W start as

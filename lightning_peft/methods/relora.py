@@ -120,7 +120,9 @@ class Restarting(PEFT):
             adapter.reset(draw)
 
 
-class ReLoRA(Restarting, name="relora", family="reparametrisation", paper="2307.05695", mergeable=True):
+class ReLoRA(
+    Restarting, name="relora", family="reparametrisation", paper="2307.05695", mergeable=True, storage="weights"
+):
     """y = W x + (alpha / rank) B A x; every T steps W <- W + (alpha / rank) B A, A drawn anew, B = 0
 
     A (rank, d_in) is Kaiming-uniform, B (d_out, rank) zero: the base at step 0, and at each restart what it was before.

@@ -43,7 +43,9 @@ class Cycled(Square):
         self.kind = self.kind if self.of_type.is_meta else int(self.of_type)
 
 
-class ReMoRA(Restarting, name="remora", family="reparametrisation", paper="2405.12130", mergeable=True):
+class ReMoRA(
+    Restarting, name="remora", family="reparametrisation", paper="2405.12130", mergeable=True, storage="weights"
+):
     """y = W x + decompress(M compress(x)); every T steps W takes the change over, M = 0, and the maps are the next ones
 
     M (n, n) starts at zero: the base at step 0, and at each restart what it was before. n^2 parameters a site, as many

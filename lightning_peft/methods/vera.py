@@ -55,7 +55,7 @@ class Scaled(LowRank):
         return a, BothSides.apply(self.b, b, self.d)
 
 
-class VeRA(PEFT, name="vera", family="reparametrisation", paper="2310.11454", mergeable=True):
+class VeRA(PEFT, name="vera", family="reparametrisation", paper="2310.11454", mergeable=True, batched=True):
     """y = W x + (b * B) (d * A) x, A and B frozen, random, and the same at all sites
 
     A (rank, d_in) and B (d_out, rank) are Kaiming-uniform with gain sqrt(2), drawn from the seed and kept in no file; a
