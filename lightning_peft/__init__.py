@@ -112,6 +112,7 @@ _PUBLIC = {
     "save_quantised": "lightning_peft.quantised_files",
     "GradientCheckpointing": "lightning_peft.gradient_checkpointing",
     "plan": "lightning_peft.planning",
+    "choose": "lightning_peft.choosing",
     "MemoryLog": "lightning_peft.planning",
     "lora_plus_groups": "lightning_peft.groups",
     "paged_adamw": "lightning_peft.optim",
@@ -139,6 +140,7 @@ if TYPE_CHECKING:
     from lightning_peft.calibration import gptq
     from lightning_peft.callback import PEFT
     from lightning_peft.checkpoint import load_checkpoint
+    from lightning_peft.choosing import choose
     from lightning_peft.core.adapter import Adapter
     from lightning_peft.core.files import load_adapter, save_adapter
     from lightning_peft.core.method import REGISTRY, Method, materialize

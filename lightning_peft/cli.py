@@ -51,6 +51,15 @@ the config.json of a model of the hub.
   lightning-peft plan experiment=qlora model=hf model.name=some/folder --fit 24GiB
   lightning-peft plan peft=ia3 --plot memory.png --json memory.json"""
 
+CHOOSE = """\
+Which method to use: candidates in order, each with its reasons, settings to begin with and where they are from, and the
+command that starts a run. Words as in `train` say the model and the data; nothing is asked, trained or downloaded but
+the config.json of a model of the hub.
+
+  lightning-peft choose model=minilm --examples 500 --inference
+  lightning-peft choose model=hf model.name=some/folder data=instructions data.batch_size=4 --memory 24GiB --tasks 20
+  lightning-peft choose model=minilm peft=lora peft.rank=256 peft.alpha=512 optimizer.lr=0.01    also what is risky"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
@@ -142,6 +151,15 @@ def plan(argv: list[str]) -> None:
     command.run(from_here.parse_intermixed_args(argv))
 
 
+def choose(argv: list[str]) -> None:
+    """Compose, check, and rank the methods."""
+    from_here = train_parser("choose", CHOOSE)
+    from lightning_peft.choosing import command
+
+    command.options(from_here)
+    command.run(from_here.parse_intermixed_args(argv))
+
+
 def methods(argv: list[str]) -> None:
     """Print the registry."""
     from_here = parser("methods", "All methods: family, equation, mergeable, identity at step 0, paper.")
@@ -191,6 +209,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "methods": (methods, "list the methods"),
     "demo": (demo, "LoRA against a linear probe on the embedded data, in a few minutes on a CPU"),
     "plan": (plan, "tell the memory of a run before it is started"),
+    "choose": (choose, "tell which methods suit a model, and how to begin with them"),
 }
 
 if __name__ == "__main__":

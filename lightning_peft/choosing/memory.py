@@ -1,0 +1,79 @@
+"""Which candidates fit the memory, and what has to be done for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lightning_peft.choosing.base import Base, first_sentence
+from lightning_peft.choosing.candidates import Candidate, Reason
+from lightning_peft.core.method import REGISTRY, NothingToTrainError
+from lightning_peft.core.quant import QuantisationError
+from lightning_peft.core.sites import TargetError
+from lightning_peft.planning.planner import plan
+from lightning_peft.planning.sizes import PlanError, need, show
+
+CHECKPOINTING, CODES = "gradient_checkpointing=true", "precision=nf4"
+STEPS: tuple[tuple[str, ...], ...] = ((), (CHECKPOINTING,), (CHECKPOINTING, CODES))
+"""What is tried, one after the other, until a run fits the memory; each costs a point."""
+
+
+def fitting(found: list[Candidate], base: Base, top: int, settings: dict[str, Any]) -> list[Candidate]:
+    """The first `top` that fit the memory, with their plans; what it takes costs points, what saves most gains some."""
+    kept: list[Candidate] = []
+    tight = False
+    waiting = list(found)
+    while waiting and len(kept) < top:
+        candidate = waiting.pop(0)
+        fitted = planned(candidate, base, settings)
+        if fitted is None:
+            if not candidate.info.backprop:
+                continue
+            tight = True
+        elif fitted.overrides != candidate.overrides and candidate.info.backprop:
+            tight = True
+        if fitted is not None:
+            kept.append(fitted)
+        if tight:
+            waiting = sorted((lean(c) for c in waiting), key=lambda c: -c.points)
+    return sorted(kept, key=lambda c: -c.points)
+
+
+def lean(c: Candidate) -> Candidate:
+    """Where memory is tight, a method that keeps nothing of the backbone for the backward pass gains points, once."""
+    reason = Reason(3, "keeps no activations of the backbone, and memory is tight")
+    return c if c.info.backprop or reason in c.reasons else dataclasses.replace(c, reasons=(*c.reasons, reason))
+
+
+def planned(c: Candidate, base: Base, settings: dict[str, Any]) -> Candidate | None:
+    """The candidate with the first of `STEPS` that fits; None where none does."""
+    least: int | None = None
+    for step in steps(base, settings):
+        how = dict(settings)
+        if CHECKPOINTING in step:
+            how["checkpointing"] = settings.get("checkpointing") or True
+        if CODES in step:
+            how["precision"] = "nf4"
+        try:
+            made = plan(base.model, REGISTRY[c.info.name](**c.start.settings), **how)
+        except (PlanError, TargetError, QuantisationError, NothingToTrainError) as error:
+            base.left_out.setdefault(c.info.name, first_sentence(error))
+            continue
+        total = need(made.total) if made.device == "cuda" else made.total
+        least = total if least is None else min(least, total)
+        if total <= (base.needs.memory or 0):
+            base.left_out.pop(c.info.name, None)
+            said = Reason(-len(step), f"fits with {', '.join(step)}") if step else Reason(0, "fits")
+            return dataclasses.replace(c, plan=made, reasons=(*c.reasons, said), overrides=(*c.overrides, *step))
+    if least is not None:
+        base.left_out[c.info.name] = f"needs {show(least)} at least"
+    return None
+
+
+def steps(base: Base, settings: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Of `STEPS`, what changes something."""
+    for step in STEPS:
+        done = {CHECKPOINTING: bool(settings.get("checkpointing")), CODES: base.needs.quantised}
+        if not step or not all(done[each] for each in step):
+            yield tuple(each for each in step if not done[each])
