@@ -17,6 +17,7 @@ from lightning_peft.core.method import REGISTRY, NothingToTrainError
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.sites import TargetError
+from lightning_peft.planning.planner import counts, title
 from lightning_peft.planning.precision import QUANTISED, arithmetic
 from lightning_peft.planning.shadow import hollow
 
@@ -29,10 +30,9 @@ class Base:
             raise ChooseError(f"kind={kind!r}. Known: {', '.join(KINDS)}.")
         self.kind, self.needs, self.model = kind, needs, model
         self.left_out: dict[str, str] = {}
-        inner = getattr(model, "model", None)
-        self.title = type(inner if isinstance(inner, nn.Module) else model).__name__
+        self.title = title(model)
         self.shadow = hollow(model, "meta")
-        self.parameters = sum(p.numel() for p in self.shadow.parameters())
+        self.parameters = counts(self.shadow)["parameters"]
         if not self.parameters:
             raise ChooseError(f"This {self.title} has no parameters yet. Build it first (configure_model, setup).")
         if needs.quantised:

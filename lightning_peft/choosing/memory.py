@@ -17,25 +17,30 @@ from lightning_peft.planning.sizes import PlanError, need, show
 CHECKPOINTING, CODES = "gradient_checkpointing=true", "precision=nf4"
 STEPS: tuple[tuple[str, ...], ...] = ((), (CHECKPOINTING,), (CHECKPOINTING, CODES))
 """What is tried, one after the other, until a run fits the memory; each costs a point."""
+MISSES = 3
+"""Methods that go through the backbone and do not fit, after which no more of them are planned."""
 
 
 def fitting(found: list[Candidate], base: Base, top: int, settings: dict[str, Any]) -> list[Candidate]:
-    """The first `top` that fit the memory, with their plans; what it takes costs points, what saves most gains some."""
+    """The first `top` that fit the memory, with their plans; what it takes costs points, what saves most gains some.
+
+    A plan of a large model takes seconds. So what one method needed is where the next one begins, if both go through
+    the backbone.
+    """
     kept: list[Candidate] = []
-    tight = False
-    waiting = list(found)
+    waiting, tries, missed = list(found), [*steps(base, settings)], 0
     while waiting and len(kept) < top:
         candidate = waiting.pop(0)
-        fitted = planned(candidate, base, settings)
-        if fitted is None:
-            if not candidate.info.backprop:
-                continue
-            tight = True
-        elif fitted.overrides != candidate.overrides and candidate.info.backprop:
-            tight = True
-        if fitted is not None:
-            kept.append(fitted)
-        if tight:
+        if missed == MISSES and candidate.info.backprop:
+            base.left_out[candidate.info.name] = "not planned, as others that go through the backbone do not fit"
+            continue
+        made, needed = planned(
+            candidate, base, settings, tries if candidate.info.backprop else [*steps(base, settings)]
+        )
+        kept += [made] if made is not None else []
+        missed += made is None and candidate.info.backprop
+        if needed and candidate.info.backprop:
+            tries = tries[needed:] or tries[-1:]
             waiting = sorted((lean(c) for c in waiting), key=lambda c: -c.points)
     return sorted(kept, key=lambda c: -c.points)
 
@@ -46,29 +51,28 @@ def lean(c: Candidate) -> Candidate:
     return c if c.info.backprop or reason in c.reasons else dataclasses.replace(c, reasons=(*c.reasons, reason))
 
 
-def planned(c: Candidate, base: Base, settings: dict[str, Any]) -> Candidate | None:
-    """The candidate with the first of `STEPS` that fits; None where none does."""
-    least: int | None = None
-    for step in steps(base, settings):
+def planned(
+    c: Candidate, base: Base, settings: dict[str, Any], tries: list[tuple[str, ...]]
+) -> tuple[Candidate | None, int]:
+    """The candidate with the first of `tries` that fits, None where none does, and how many did not."""
+    totals = []
+    for place, step in enumerate(tries):
         how = dict(settings)
-        if CHECKPOINTING in step:
-            how["checkpointing"] = settings.get("checkpointing") or True
-        if CODES in step:
-            how["precision"] = "nf4"
+        how |= {"checkpointing": settings.get("checkpointing") or True} if CHECKPOINTING in step else {}
+        how |= {"precision": "nf4"} if CODES in step else {}
         try:
             made = plan(base.model, REGISTRY[c.info.name](**c.start.settings), **how)
         except (PlanError, TargetError, QuantisationError, NothingToTrainError) as error:
-            base.left_out.setdefault(c.info.name, first_sentence(error))
+            base.left_out[c.info.name] = first_sentence(error)
             continue
-        total = need(made.total) if made.device == "cuda" else made.total
-        least = total if least is None else min(least, total)
-        if total <= (base.needs.memory or 0):
+        totals.append(need(made.total) if made.device == "cuda" else made.total)
+        if totals[-1] <= (base.needs.memory or 0):
             base.left_out.pop(c.info.name, None)
             said = Reason(-len(step), f"fits with {', '.join(step)}") if step else Reason(0, "fits")
-            return dataclasses.replace(c, plan=made, reasons=(*c.reasons, said), overrides=(*c.overrides, *step))
-    if least is not None:
-        base.left_out[c.info.name] = f"needs {show(least)} at least"
-    return None
+            return dataclasses.replace(c, plan=made, reasons=(*c.reasons, said), overrides=(*c.overrides, *step)), place
+    if totals:
+        base.left_out[c.info.name] = f"needs {show(min(totals))} at least"
+    return None, len(tries)
 
 
 def steps(base: Base, settings: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
