@@ -40,7 +40,7 @@ def fitting(found: list[Candidate], base: Base, top: int, settings: dict[str, An
         kept += [made] if made is not None else []
         missed += made is None and candidate.info.backprop
         if needed and candidate.info.backprop:
-            tries = tries[needed:] or tries[-1:]
+            tries = tries[needed:] or tries[-2:]
             waiting = sorted((lean(c) for c in waiting), key=lambda c: -c.points)
     return sorted(kept, key=lambda c: -c.points)
 
