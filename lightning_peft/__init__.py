@@ -113,6 +113,7 @@ _PUBLIC = {
     "GradientCheckpointing": "lightning_peft.gradient_checkpointing",
     "plan": "lightning_peft.planning",
     "choose": "lightning_peft.choosing",
+    "compare": "lightning_peft.comparing",
     "MemoryLog": "lightning_peft.planning",
     "lora_plus_groups": "lightning_peft.groups",
     "paged_adamw": "lightning_peft.optim",
@@ -141,6 +142,7 @@ if TYPE_CHECKING:
     from lightning_peft.callback import PEFT
     from lightning_peft.checkpoint import load_checkpoint
     from lightning_peft.choosing import choose
+    from lightning_peft.comparing import compare
     from lightning_peft.core.adapter import Adapter
     from lightning_peft.core.files import load_adapter, save_adapter
     from lightning_peft.core.method import REGISTRY, Method, materialize

@@ -60,6 +60,17 @@ the config.json of a model of the hub.
   lightning-peft choose model=hf model.name=some/folder data=instructions data.batch_size=4 --memory 24GiB --tasks 20
   lightning-peft choose model=minilm peft=lora peft.rank=256 peft.alpha=512 optimizer.lr=0.01    also what is risky"""
 
+COMPARE = """\
+Several methods, or groupings of layers, on one task with the same seeds: a table of the metric's mean and standard
+deviation, trained parameters, bytes on disk, peak memory and time of a step; compare.json, compare.csv, compare.md.
+Words as in `train`, where values with commas are rows, every combination of them; --row adds words of a row alone.
+
+  lightning-peft compare peft=lora,bitfit,ia3 seeds=3
+  lightning-peft compare peft=lora 'peft.layers="0-1","2-3","4-5"' seeds=3        groupings of layers, as in S4
+  lightning-peft compare --row 'peft=lora peft.rank=4' --row 'peft=bitfit optimizer.lr=0.002' seeds=[0,1,2]
+
+A run that fails is a row with its error. Exit code 1 only if all of them do."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
@@ -160,6 +171,15 @@ def choose(argv: list[str]) -> None:
     command.run(from_here.parse_intermixed_args(argv))
 
 
+def compare(argv: list[str]) -> None:
+    """Train every row with every seed, and print the table."""
+    from_here = train_parser("compare", COMPARE)
+    from lightning_peft.comparing import command
+
+    command.options(from_here)
+    command.run(from_here.parse_intermixed_args(argv))
+
+
 def methods(argv: list[str]) -> None:
     """Print the registry."""
     from_here = parser("methods", "All methods: family, equation, mergeable, identity at step 0, paper.")
@@ -209,6 +229,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "methods": (methods, "list the methods"),
     "demo": (demo, "LoRA against a linear probe on the embedded data, in a few minutes on a CPU"),
     "plan": (plan, "tell the memory of a run before it is started"),
+    "compare": (compare, "train several methods on one task, with the same seeds, and print a table"),
     "choose": (choose, "tell which methods suit a model, and how to begin with them"),
 }
 

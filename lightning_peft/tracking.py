@@ -16,7 +16,7 @@ import logging
 import netrc
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -223,6 +223,16 @@ def log_curve(logger: WandbLogger) -> None:
         table = wandb.Table(columns=["metric", "step", "value"], data=rows)
         plot = wandb.plot.line(table, "step", "value", stroke="metric", title="Learning curve")
         logger.experiment.log({"learning_curve": plot})
+
+
+def log_rows(logger: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same columns as a table of W&B; nothing with another logger, or without rows."""
+    if not isinstance(logger, WandbLogger) or not rows:
+        return
+    import wandb
+
+    columns: list[str | int] = list(rows[0])
+    logger.experiment.log({name: wandb.Table(columns=columns, data=[list(row.values()) for row in rows])})
 
 
 def log_adapter(logger: WandbLogger, model: torch.nn.Module) -> None:

@@ -32,15 +32,18 @@ log = logging.getLogger("lightning_peft")
 KEEP = ("best", "last")
 
 
-def run(config: DictConfig) -> dict[str, Any]:
-    """Fit, test and save; -> the contents of results.json. Loggers are closed whatever happens."""
+def run(config: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> dict[str, Any]:
+    """Fit, test and save; -> the contents of results.json. Loggers are closed whatever happens.
+
+    callbacks: beside those of the config.
+    """
     check_keep(config)
     check_method(config)
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     with one_log(), closing_loggers() as loggers:
         loggers += build_loggers(config)
-        trainer = build_trainer(config, loggers)
+        trainer = build_trainer(config, loggers, callbacks)
         check_sweep(trainer)
         data = build(config.data)
         task = build_task(config, getattr(data, "classes", ()), data)
@@ -121,12 +124,12 @@ def build_loggers(config: DictConfig) -> list[Logger]:
     return [build(node) for node in (config.logger or {}).values()]
 
 
-def build_trainer(config: DictConfig, loggers: list[Logger]) -> pl.Trainer:
+def build_trainer(config: DictConfig, loggers: list[Logger], others: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """The Trainer with the method, the checkpoint and the user's own callbacks."""
     methods: list[PEFT] = [] if config.get("peft") is None else [build(config.peft)]
     more = [build(node) for node in (config.get("callbacks") or {}).values()]
     recompute = configured(plain(config).get("gradient_checkpointing"))
-    callbacks = [*methods, *recompute, *more, tracking.Tracking(plain(config))]
+    callbacks = [*methods, *recompute, *more, *others, tracking.Tracking(plain(config))]
     if not config.trainer.get("fast_dev_run"):
         callbacks.append(build(config.checkpoint))
     more_options = {} if config.get("precision") is None else {"plugins": [build(config.precision)]}
