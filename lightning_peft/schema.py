@@ -32,6 +32,8 @@ from lightning_peft.core.method import REGISTRY, Method
 GROUP = "schema/peft"
 PAPERS = "https://arxiv.org/abs/"
 WIDTH = 110
+STORED: dict[str, type[Method]] = {}
+"""What `register` has put into Hydra's store, which takes longer than composing a config."""
 
 
 # ------------------------------------------------------------------ types
@@ -96,10 +98,12 @@ def schema(cls: type[Method]) -> DictConfig:
 
 
 def register() -> None:
-    """Put the schema of every registered method into Hydra's ConfigStore; repeating it does no harm."""
+    """Put the schema of every registered method into Hydra's ConfigStore, those that are there already but once."""
     store = ConfigStore.instance()
     for name, cls in REGISTRY.items():
-        store.store(group=GROUP, name=name, node=schema(cls), provider="lightning_peft")
+        if STORED.get(name) is not cls:
+            store.store(group=GROUP, name=name, node=schema(cls), provider="lightning_peft")
+            STORED[name] = cls
 
 
 # ------------------------------------------------------------------ text
