@@ -110,6 +110,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lst": {"reduction": 4},
     "attention_fusion": {"key": 6, "embeddings": True},
     "lets": {"rank": 3, "targets": "q,v,down"},
+    "cross_attention": {},
+    "top_layers": {"k": 1},
 }
 
 # what a model needs beside them: no table knows the names of the plain module
@@ -198,6 +200,8 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("adaptformer", "mlp"): TargetError,  # no blocks
     ("bapna", "mlp"): TargetError,  # no blocks
     ("pfeiffer", "mlp"): TargetError,  # no blocks
+    ("top_layers", "mlp"): TargetError,  # no blocks
+    **{("cross_attention", model): TargetError for model in MODELS if model != "t5"},  # nothing reads an encoder
 }
 # BitFit, SSF and GLoRA's C and E make biases where there are none, and such a projection has no place to fold one into
 UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
@@ -317,6 +321,8 @@ QUICK = {
     "lst": ("llama", "t5"),
     "attention_fusion": ("gpt2", "t5"),
     "lets": ("gpt2", "encoder"),
+    "cross_attention": ("t5",),
+    "top_layers": ("t5", "vit"),
 }
 
 

@@ -17,13 +17,16 @@ from lightning_peft import (
     IA3,
     MAM,
     BitFit,
+    CrossAttention,
     Houlsby,
+    LinearProbe,
     LNTuning,
     LoRA,
     LoReFT,
     ParallelAdapter,
     PrefixTuning,
     PromptTuning,
+    TopLayers,
 )
 from lightning_peft.core import state
 from tests.zoo import LARGE, META, ROBERTA, meta
@@ -134,6 +137,11 @@ IN_PLACE: list[Row] = [
     ("t5-base", LNTuning(heads=None), 47_616),  # gains only
     ("llama-7b", LNTuning(heads=None), 266_240),
     ("bert-large", Houlsby(bottleneck=64, norms=True, heads=None), 6_444_032),
+    ("bart-large", CrossAttention(heads=None), 50_405_376),  # 12 (4 (d^2 + d) + 2d)
+    ("t5-base", CrossAttention(heads=None), 12 * (4 * 768**2 + 768)),
+    ("roberta-base-classifier", LinearProbe(), 768**2 + 768 + 2 * 768 + 2),
+    ("bert-base", TopLayers(k=2, heads=None), 2 * 7_087_872),
+    ("gpt2", TopLayers(k=3, heads=None), 3 * 7_087_872 + 2 * 768),  # with the norm after the last block
 ]
 
 

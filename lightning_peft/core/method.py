@@ -163,6 +163,10 @@ class Method:
         """Which parameters of the base train in place: yes, no, or a mask of the parameter's shape."""
         return False
 
+    def asked(self, model: nn.Module) -> Iterable[Site] | None:
+        """The sites that `select` is asked about, where `targets` cannot name them; None: as `scope` says."""
+        return None
+
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one is made of; they act under its label."""
         return ()
@@ -461,9 +465,13 @@ def check_trains(part: Method, module: nn.Module, name: str, prefix: str) -> Non
 
 def _select_scope(part: Method, model: nn.Module) -> Iterator[tuple[str, nn.Module, Site | None]]:
     """Modules whose parameters a selective method is asked about: those of its target sites, else the whole model's."""
-    if part.targets is not None and part.scope != "model":
-        for site in sites(model, part.targets, layers=part.layers, exclude=part.exclude, roles=part.roles):
-            yield from ((name, module, site) for name, module in site.module.named_modules(prefix=site.name))
+    found = part.asked(model)
+    if found is None and part.targets is not None and part.scope != "model":
+        found = sites(model, part.targets, layers=part.layers, exclude=part.exclude, roles=part.roles)
+    if found is not None:
+        for site in found:
+            inside = site.module.named_modules(prefix=site.name)
+            yield from ((name, module, site) for name, module in inside if not isinstance(module, Adapter))
     elif part.layers is not None:
         for site in sites(model, "block", layers=part.layers, roles=part.roles):
             yield from ((name, module, None) for name, module in site.module.named_modules(prefix=site.name))

@@ -12,6 +12,7 @@ from lightning_peft.methods.boft import BOFT
 from lightning_peft.methods.c3a import C3A
 from lightning_peft.methods.compacter import Compacter, CompacterPP, PHMAdapter
 from lightning_peft.methods.corda import CorDA
+from lightning_peft.methods.cross_attention import CrossAttention
 from lightning_peft.methods.delora import DeLoRA
 from lightning_peft.methods.direft import DiReFT
 from lightning_peft.methods.dora import DoRA
@@ -72,6 +73,7 @@ from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.sparse_adapter import SparseAdapter
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.tied_lora import TiedLoRA
+from lightning_peft.methods.top_layers import TopLayers
 from lightning_peft.methods.trainable_tokens import TrainableTokens
 from lightning_peft.methods.vb_lora import VBLoRA
 from lightning_peft.methods.vera import VeRA
@@ -92,6 +94,7 @@ __all__ = [
     "Compacter",
     "CompacterPP",
     "CorDA",
+    "CrossAttention",
     "DID",
     "DVoRA",
     "DeLoRA",
@@ -156,6 +159,7 @@ __all__ = [
     "SSF",
     "SparseAdapter",
     "TiedLoRA",
+    "TopLayers",
     "TrainableTokens",
     "VBLoRA",
     "VPT",
