@@ -111,6 +111,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "attention_fusion": {"key": 6, "embeddings": True},
     "lets": {"rank": 3, "targets": "q,v,down"},
     "cross_attention": {},
+    "unipelt": {"length": 3, "rank": 3, "bottleneck": 6},
     "top_layers": {"k": 1},
 }
 
@@ -201,6 +202,7 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("bapna", "mlp"): TargetError,  # no blocks
     ("pfeiffer", "mlp"): TargetError,  # no blocks
     ("top_layers", "mlp"): TargetError,  # no blocks
+    ("unipelt", "mlp"): TargetError,  # no attention
     **{("cross_attention", model): TargetError for model in MODELS if model != "t5"},  # nothing reads an encoder
 }
 # BitFit, SSF and GLoRA's C and E make biases where there are none, and such a projection has no place to fold one into
@@ -322,6 +324,7 @@ QUICK = {
     "attention_fusion": ("gpt2", "t5"),
     "lets": ("gpt2", "encoder"),
     "cross_attention": ("t5",),
+    "unipelt": ("t5", "encoder"),
     "top_layers": ("t5", "vit"),
 }
 

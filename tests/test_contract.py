@@ -36,6 +36,7 @@ from lightning_peft.core.merge import MergeError
 from lightning_peft.core.method import REGISTRY, materialize
 
 RANDOM = {
+    "unipelt",
     "krona_b",
     "krona_b_res",
     "glora",

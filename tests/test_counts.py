@@ -27,6 +27,7 @@ from lightning_peft import (
     PrefixTuning,
     PromptTuning,
     TopLayers,
+    UniPELT,
 )
 from lightning_peft.core import state
 from tests.zoo import LARGE, META, ROBERTA, meta
@@ -94,6 +95,7 @@ ADAPTERS: list[Row] = [
     ("bart-large", ParallelAdapter(bottleneck=512, heads=None), 25_202_688),
     ("bart-large", MAM(length=30, bottleneck=512, heads=None), 27_414_528),
     ("roberta-base", MAM(length=16, bottleneck=16, scale=2.0, heads=None), 599_232),
+    ("bert-base", UniPELT(heads=None), 1_410_672),  # LoRA 294,912, prefix 184,320, adapter 894,528, gates 12 4 769
     # (IA)^3: 2 d_kv for each attention, d_ff for each feed-forward layer
     ("bert-base", IA3(heads=None), 55_296),
     ("t5-base", IA3(heads=None), 129_024),

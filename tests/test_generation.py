@@ -20,6 +20,7 @@ METHODS = (
     "lora",
     "ia3",
     "mam",
+    "unipelt",
     "parallel",
     "lst",
     "attention_fusion",

@@ -58,7 +58,7 @@ class Positions(Adapter):
         its input is by then all that tells which call it was.
         """
         if self.running:
-            masks = None if self.generating else ends(self.prompt, given, first, last)
+            masks = None if self.generating else self.chosen(self.prompt, given, first, last)
             if self.recording:
                 self.remember(given, masks)
             return masks
@@ -74,10 +74,33 @@ class Positions(Adapter):
         key = given.data_ptr(), tuple(given.shape)
         if torch.is_grad_enabled() and key in self.remembered:
             return self.remembered[key]
-        return ends(None, given, first, last)  # the block is called by itself: all tokens are real
+        return self.chosen(None, given, first, last)  # the block is called by itself: all tokens are real
+
+    def chosen(self, prompt: Tensor | None, given: Tensor, first: int, last: int) -> Masks:
+        """The masks, from where the prompt is."""
+        return ends(prompt, given, first, last)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "remembered": {}, "prompt": None}
+
+
+class RealTokens(Positions):
+    """All real tokens, twice, for methods that average over a text; what this module is not told, an outer one may be.
+
+    Generation runs an encoder alone, and inside of a model the mask is (batch, 1, time, source) soon.
+    """
+
+    def __init__(self, owner: nn.Module, outer: RealTokens | None) -> None:
+        super().__init__(owner, answers=False)
+        self.outer: Any
+        vars(self)["outer"] = outer  # it is registered where it listens
+
+    def chosen(self, prompt: Tensor | None, given: Tensor, first: int, last: int) -> Masks:
+        outer = self.outer
+        while prompt is None and outer is not None:
+            prompt, outer = outer.prompt if outer.running else None, outer.outer
+        real = full(prompt, given)
+        return real, real
 
 
 def packed(call: dict[str, Any]) -> bool:
@@ -143,20 +166,26 @@ def padding_alone(seen: Tensor, real: Tensor) -> bool:
 
 def ends(prompt: Tensor | None, hidden: Tensor, first: int, last: int) -> Masks:
     """First min(first, n // 2) and last min(last, n // 2) of the n prompt tokens of each row; both (batch, time)."""
-    time = hidden.shape[1]
-    if prompt is None:
-        prompt = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-    elif prompt.shape[1] < time:  # virtual tokens in front
-        prompt = nn.functional.pad(prompt, (time - prompt.shape[1], 0), value=False)
+    prompt = full(prompt, hidden)
     count = prompt.cumsum(1)  # 1 for the first token of the prompt
     n = count[:, -1:]
     return prompt & (count <= (n // 2).clamp(max=first)), prompt & (count > n - (n // 2).clamp(max=last))
 
 
+def full(prompt: Tensor | None, hidden: Tensor) -> Tensor:
+    """(batch, time) for `hidden` (batch, time, d): all tokens without a mask, no virtual tokens in front."""
+    time = hidden.shape[1]
+    if prompt is None:
+        return hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+    return prompt if prompt.shape[1] >= time else nn.functional.pad(prompt, (time - prompt.shape[1], 0), value=False)
+
+
 def mask_owner(ancestors: list[nn.Module]) -> nn.Module | None:
     """The outermost module whose forward takes a padding mask, and no images or sounds, which have none."""
-    for module in ancestors:
-        names = set(inspect.signature(type(module).forward).parameters)
-        if names & MASKS and not names & {"pixel_values", "input_features"}:
-            return module
-    return None
+    return next((module for module in ancestors if takes_mask(module)), None)
+
+
+def takes_mask(module: nn.Module) -> bool:
+    """Whether a forward takes a padding mask, and no images or sounds, which have none."""
+    names = set(inspect.signature(type(module).forward).parameters)
+    return bool(names & MASKS) and not names & {"pixel_values", "input_features"}

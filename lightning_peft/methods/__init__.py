@@ -75,6 +75,7 @@ from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.tied_lora import TiedLoRA
 from lightning_peft.methods.top_layers import TopLayers
 from lightning_peft.methods.trainable_tokens import TrainableTokens
+from lightning_peft.methods.unipelt import UniPELT
 from lightning_peft.methods.vb_lora import VBLoRA
 from lightning_peft.methods.vera import VeRA
 from lightning_peft.methods.vpt import VPT
@@ -161,6 +162,7 @@ __all__ = [
     "TiedLoRA",
     "TopLayers",
     "TrainableTokens",
+    "UniPELT",
     "VBLoRA",
     "VPT",
     "VeRA",

@@ -70,11 +70,16 @@ class Prefix(Adapter):
             self.text.note(self, key, value)
             return base(query, key, value, mask, **options)
         kv = F.dropout(self.prefix(), self.dropout, self.training).to(key.dtype).transpose(1, 2)
-        mask = widen_mask(mask, self.length, query, key, is_causal=options.get("is_causal", False))
-        if (bias := options.get("position_bias")) is not None:
-            options["position_bias"] = F.pad(bias, (self.length, 0))
-        keys, values = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(kv, (key, value), strict=True))
+        keys, values = (in_front(p, x) for p, x in zip(kv, (key, value), strict=True))
+        mask, options = self.widened(query, key, mask, options)
         return base(query, keys, values, mask, **options)
+
+    def widened(self, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> tuple[Any, Any]:
+        """The mask, and the options with T5's position bias, for the prefix in front of `key`."""
+        if (bias := options.get("position_bias")) is not None:
+            options = {**options, "position_bias": F.pad(bias, (self.length, 0))}
+        causal = options.get("is_causal", False)
+        return widen_mask(mask, self.length, query, key, is_causal=causal), options
 
     def collapsed(self) -> dict[str, Tensor]:
         return {"kv": self.prefix().detach()}
@@ -158,6 +163,12 @@ class PrefixTuning(PEFT, name="prefix_tuning", family="soft prompt", paper="2101
 
     def portable(self) -> PrefixTuning:
         return dataclasses.replace(self, bottleneck=0, init="normal", text=None)
+
+
+def in_front(p: Tensor, x: Tensor) -> Tensor:
+    """p ([batch,] heads, length, head_dim) before x (batch, heads, source, features); features of others are zero."""
+    p = p.expand(len(x), *p.shape[-3:])
+    return torch.cat([p if p.shape[-1] == x.shape[-1] else F.pad(p, (0, x.shape[-1] - p.shape[-1])), x], 2)
 
 
 def heads(site: Site) -> tuple[int, int, int]:

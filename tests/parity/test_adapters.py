@@ -35,6 +35,7 @@ from lightning_peft import (
     Pfeiffer,
     PrefixTuning,
     PromptTuning,
+    UniPELT,
 )
 from lightning_peft.core import state
 from lightning_peft.core.state import Placement
@@ -313,3 +314,45 @@ def test_ia3_is_theirs_up_to_the_side_of_the_activation_that_is_scaled() -> None
         }
 
     compare("bert", "ia3", IA3(targets="k,v,up", inputs="down?"), names)
+
+
+def unipelt(name: str, placement: Placement) -> Map:
+    """A gate a part; GPT-2's packed queries and values one after the other in one LoRA."""
+    own = [key for key, _ in placement.adapter.named_parameters()]
+    if not own:
+        return {}
+    role, layer = placement.role or "", f"{BLOCKS[name]}.{block(placement)}"
+    if role == "attend":
+        gate = PREFIXES[name].replace(f"{BLOCKS[name]}.0", layer).partition(".pool")[0] + ".prefix_gates.a"
+        return {**prefix(name, placement), **gates(gate, same)}
+    if role in ("q", "v"):
+        place = f"{layer}.attn.c_attn" if name == "gpt2" else f"{layer}.{LORAS[name][role]}"
+        half = rows("qv".index(role)) if name == "gpt2" else same
+        table: Map = {"a": (f"{place}.loras.a.lora_A", half), "b": (f"{place}.loras.a.lora_B", half)}
+        return {**table, **gates(f"{place}.loras.a.gate", half)}
+    place = f"{layer}.{AFTER[name]['down']}.a"
+    table = {f"{key}{bias}": (f"{place}.adapter_{their}.{'bias' if bias else 'weight'}", same)
+             for key, their in (("down", "down.0"), ("up", "up")) for bias in ("", "_bias")}  # fmt: skip
+    table |= gates(f"{place}.gate", same)
+    return {f"after.{key}": value for key, value in table.items()} if own[0].startswith("after.") else table
+
+
+def rows(index: int) -> Callable[[Tensor], Tensor]:
+    return lambda packed: packed.chunk(2)[index]
+
+
+def gates(place: str, turn: Callable[[Tensor], Tensor]) -> Map:
+    return {"gate.weight": (f"{place}.weight", turn), "gate.bias": (f"{place}.bias", turn)}
+
+
+UNIPELT: dict[str, Any] = {"length": 3, "rank": 3, "bottleneck": 4}
+
+
+@ALL
+def test_unipelt_is_theirs_with_padding_in_the_mean(name: str) -> None:
+    compare(name, "unipelt", UniPELT(**UNIPELT, gate="sequence", mask_padding=False), unipelt)
+
+
+def test_their_unipelt_depends_on_padding() -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        compare("bert", "unipelt", UniPELT(**UNIPELT), unipelt)
