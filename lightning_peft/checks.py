@@ -54,14 +54,25 @@ def check_kind(config: DictConfig, models: Mapping[str, list[str]]) -> None:
 
 
 def check_method(config: DictConfig) -> None:
-    """Build the method once: it knows its ranges."""
+    """Build each method once: it knows its ranges."""
     from lightning_peft.config import build
 
-    if config.get("peft") is not None:
+    labels: list[str] = []
+    for name, node in methods_of(config).items():
         try:
-            build(config.peft)
+            labels.append(build(node).name_on_model)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"peft: {error}") from error
+            raise ConfigError(f"{name}: {error}") from error
+    if twice := {label for label in labels if labels.count(label) > 1}:
+        raise ConfigError(f"peft: {len(labels)} methods, two of them labelled {twice.pop()!r}. Set label=...")
+
+
+def methods_of(config: DictConfig) -> dict[str, DictConfig]:
+    """key -> node of every method: "peft", or "peft.lora" and "peft.bitfit" of a list."""
+    node = config.get("peft")
+    if node is None:
+        return {}
+    return {"peft": node} if "_target_" in node else {f"peft.{name}": part for name, part in node.items()}
 
 
 # ------------------------------------------------------------------ signatures

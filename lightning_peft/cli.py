@@ -27,6 +27,7 @@ file, `key=value` sets a value, `+key=value` adds one, `~key` removes one.
   lightning-peft train peft=bitfit optimizer.lr=0.002 trainer.max_epochs=5
   lightning-peft train data=csv data.path=reviews.csv data.text=review data.label=stars
   lightning-peft train model=hf model.name=roberta-base 'peft.targets=[q,k,v]' peft.rank=16
+  lightning-peft train 'peft=[lora,bitfit]' peft.lora.rank=4       several methods on one model
   lightning-peft train --multirun peft=lora,bitfit,ia3 seed=0,1,2  a sweep: every combination, one after the other
   lightning-peft train peft=mam --cfg job                          print the config and stop
 

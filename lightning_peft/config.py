@@ -60,9 +60,11 @@ def compose(overrides: Sequence[str] = (), directory: str | Path | None = None, 
 
 def composed(overrides: Sequence[str] = (), directory: str | Path | None = None, name: str = NAME) -> DictConfig:
     """As `compose`, without the checks of the whole."""
+    from lightning_peft.composition import named
     from lightning_peft.schema import register
 
     register()
+    overrides = named(overrides)
     try:
         with found_first(directory), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
             return hydra.compose(name, list(overrides))
@@ -153,9 +155,10 @@ def first_lines(*errors: BaseException) -> str:
 
 def missing_option(error: MissingConfigException) -> str:
     """ "Could not find 'peft/lroa'", with the options that there are."""
-    head = str(error).strip().partition("\n")[0]
-    wanted = (error.missing_cfg_file or "").rpartition("/")[2]
-    known = [name for name in error.options or groups() if not name.startswith("schema")]
+    head = str(error).strip().partition("\n")[0].rstrip(".")
+    group, _, wanted = (error.missing_cfg_file or "").rpartition("/")
+    beside = options(group) if group in groups() else groups()
+    known = [name for name in error.options or beside if not name.startswith("schema") and "+" not in name]
     return f"{head}.{nearest(wanted, known)} Known: {', '.join(known)}."
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from typing_extensions import override
 
-from lightning_peft.checks import ConfigError
+from lightning_peft.checks import ConfigError, methods_of
 from lightning_peft.config import build
 from lightning_peft.results import wilson
 from lightning_peft.tasks.pooling import PooledClassifier, pool
@@ -49,8 +49,9 @@ def compare(config: DictConfig) -> dict[str, Any]:
 
 
 def method_name(config: DictConfig) -> str:
-    """The class of the method, for people to read."""
-    return "no method" if config.get("peft") is None else config.peft._target_.rpartition(".")[2]
+    """The classes of the methods, for people to read."""
+    names = [node._target_.rpartition(".")[2] for node in methods_of(config).values()]
+    return " and ".join(names) or "no method"
 
 
 # ------------------------------------------------------------------ the probe

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from lightning_peft import schema
 from lightning_peft.checks import ConfigError
+from lightning_peft.composition import named
 from lightning_peft.config import check, compose, conf_dir, found_first, groups, options
 from lightning_peft.logs import clean_logging
 
@@ -32,7 +33,7 @@ def launch(command: str, parser: argparse.ArgumentParser, argv: list[str], first
     parser.description = (parser.description or "").replace("{groups}", ", ".join(groups()))
     parser.description = parser.description.replace("{methods}", ", ".join(options("peft")))
     given = parser.parse_intermixed_args(argv)
-    overrides = [*first, *given.overrides]
+    overrides = named([*first, *given.overrides])
     directory = own_directory(given.config_dir or given.config_path)
     for point in points(overrides) if given.multirun else [overrides]:
         compose(point, directory, given.config_name)  # what is wrong shows before there is a run directory

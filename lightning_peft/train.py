@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 import lightning_peft.strategies  # noqa: F401  registers the names in conf/strategy
 from lightning_peft import results, tracking
 from lightning_peft.callback import PEFT
-from lightning_peft.checks import ConfigError, check_method, locate
+from lightning_peft.checks import ConfigError, check_method, locate, methods_of
 from lightning_peft.config import build, plain
 from lightning_peft.gradient_checkpointing import configured
 from lightning_peft.groups import LoRAPlus, MakeOptimizer
@@ -126,7 +126,7 @@ def build_loggers(config: DictConfig) -> list[Logger]:
 
 def build_trainer(config: DictConfig, loggers: list[Logger], others: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """The Trainer with the method, the checkpoint and the user's own callbacks."""
-    methods: list[PEFT] = [] if config.get("peft") is None else [build(config.peft)]
+    methods: list[PEFT] = [build(node) for node in methods_of(config).values()]
     more = [build(node) for node in (config.get("callbacks") or {}).values()]
     recompute = configured(plain(config).get("gradient_checkpointing"))
     callbacks = [*methods, *recompute, *more, *others, tracking.Tracking(plain(config))]

@@ -178,9 +178,10 @@ def test_two_methods_and_none():
 
 
 def test_a_sweep(capsys):
-    sweep = ["--multirun", "peft=bitfit,lora", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"]
+    sweep = ["--multirun", "peft=bitfit,[lora,bitfit]", "trainer.max_epochs=1", "hydra.sweep.dir=sweep"]
     assert cli.main([*TEXT, *sweep]) == 0
-    assert [read_config(f"sweep/{job}/adapter")["method"] for job in (0, 1)] == ["bitfit", "lora"]
+    assert read_config("sweep/0/adapter")["method"] == "bitfit"
+    assert [read_config(f"sweep/1/adapter/{name}")["method"] for name in ("lora", "bitfit")] == ["lora", "bitfit"]
     assert all((Path("sweep") / job / name).is_file() for job in "01" for name in FILES)
 
 

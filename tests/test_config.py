@@ -79,6 +79,18 @@ def test_every_data_set_composes(name):
     assert composed(f"data={name}", *extra).task._target_
 
 
+def test_a_list_of_methods_is_each_under_its_name():
+    found = composed("peft=[lora,bitfit]", "peft.lora.rank=4").peft
+    assert {name: node._target_.rpartition(".")[2] for name, node in found.items()} == {
+        "lora": "LoRA",
+        "bitfit": "BitFit",
+    }
+    assert (found.lora.rank, found.lora.alpha) == (4, 16.0)
+    twice = composed("peft=[lora,lora]", "peft.lora_2.targets=k").peft
+    assert [(node.label, node.targets) for node in twice.values()] == [(None, "q,v"), ("lora_2", "k")]
+    assert composed("peft=[lora]").peft == composed("peft=lora").peft
+
+
 ERRORS = {
     "peft.rank=abc": "peft.rank=abc.*abc.*Integer",
     "peft.rnak=3": "Did you mean 'rank'.*Known: targets,.*alpha",
@@ -99,6 +111,12 @@ ERRORS = {
     "data=hf": "No value for data.name. Give data.name=...",
     "model=foo": "Known: hf, minilm",
     "peft=[": "'peft=\\[' is no override",
+    "peft=[lora,bitfti]": r"In 'peft/lora\+bitfti'.*bitfti.*Did you mean 'bitfit'",
+    "peft=[lora,,bitfit]": "names no method between two commas",
+    "peft=[lora,bitfit] peft.rank=4": "Key 'rank'.*Known: lora, bitfit",
+    "peft=[lora,bitfit] peft.lora.rnak=4": "Did you mean 'rank'.*Known: targets",
+    "peft=[lora,bitfit] peft.lora.rank=-4": r"peft.lora: LoRA\(rank=-4\)",
+    "peft=[lora,bitfit] peft.bitfit.label=lora": "two of them labelled 'lora'",
     "peft.rank": "'peft.rank' is no override",
     "peft.targets=q,v": r"peft.targets.*list.*\[q,v\].*--multirun",
     "~nope": "nope",

@@ -115,7 +115,7 @@ def subjects(config: DictConfig, given: argparse.Namespace) -> tuple[dict[str, A
         task = build_task(config, classes(config))
     callbacks = [build(node) for node in (config.get("callbacks") or {}).values()]
     callbacks += configured(config.get("gradient_checkpointing"))
-    methods = [build(config.peft)] if config.get("peft") is not None else []
+    methods = [build(node) for node in checks.methods_of(config).values()]
     methods += [callback for callback in callbacks if isinstance(callback, PEFT)]
     recompute = next((c for c in callbacks if isinstance(c, GradientCheckpointing)), False)
     accelerator = "cpu" if config.trainer.get("accelerator") == "cpu" else "cuda"
