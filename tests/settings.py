@@ -111,6 +111,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "attention_fusion": {"key": 6, "embeddings": True},
     "lets": {"rank": 3, "targets": "q,v,down"},
     "cross_attention": {},
+    "s4": {"budget": 0.1},
+    "spafit": {"frozen": 0, "biased": 1, "rank": 3, "targets": "q,v"},
     "unipelt": {"length": 3, "rank": 3, "bottleneck": 6},
     "top_layers": {"k": 1},
 }
@@ -202,12 +204,15 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("bapna", "mlp"): TargetError,  # no blocks
     ("pfeiffer", "mlp"): TargetError,  # no blocks
     ("top_layers", "mlp"): TargetError,  # no blocks
+    ("s4", "mlp"): TargetError,  # no blocks
+    ("spafit", "mlp"): TargetError,  # no blocks
     ("unipelt", "mlp"): TargetError,  # no attention
     **{("cross_attention", model): TargetError for model in MODELS if model != "t5"},  # nothing reads an encoder
 }
 # BitFit, SSF and GLoRA's C and E make biases where there are none, and such a projection has no place to fold one into
 UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
     **{(n, m): NotMergeableError for n in ("bitfit", "ssf", "glora") for m in ("llama", "t5", "mlp")},
+    **{("spafit", m): NotMergeableError for m in ("llama", "t5")},
     **{("output_adapter", m): NotMergeableError for m in MODELS if m != "mlp"},  # at norms and blocks, and not linear
     **{(name, "encoder"): NotMergeableError for name in ("said", "did")},  # they move packed attention as one
 }
@@ -324,6 +329,8 @@ QUICK = {
     "attention_fusion": ("gpt2", "t5"),
     "lets": ("gpt2", "encoder"),
     "cross_attention": ("t5",),
+    "s4": ("t5", "vit"),
+    "spafit": ("gpt2", "encoder"),
     "unipelt": ("t5", "encoder"),
     "top_layers": ("t5", "vit"),
 }

@@ -36,6 +36,8 @@ from lightning_peft.core.merge import MergeError
 from lightning_peft.core.method import REGISTRY, materialize
 
 RANDOM = {
+    "s4",
+    "spafit",
     "unipelt",
     "krona_b",
     "krona_b_res",
@@ -101,6 +103,8 @@ RANDOM = {
     "lets",
 }  # have random initial tensors
 IN_PLACE = {
+    "s4",
+    "spafit",
     "bitfit",
     "cross_attention",
     "top_layers",

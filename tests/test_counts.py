@@ -16,6 +16,7 @@ from torch import nn
 from lightning_peft import (
     IA3,
     MAM,
+    SPAFIT,
     BitFit,
     CrossAttention,
     Houlsby,
@@ -141,6 +142,8 @@ IN_PLACE: list[Row] = [
     ("bert-large", Houlsby(bottleneck=64, norms=True, heads=None), 6_444_032),
     ("bart-large", CrossAttention(heads=None), 50_405_376),  # 12 (4 (d^2 + d) + 2d)
     ("t5-base", CrossAttention(heads=None), 12 * (4 * 768**2 + 768)),
+    # biases of blocks 5 to 24, 7d + d_ff each, and LoRA in blocks 10 to 24
+    ("bert-large", SPAFIT(frozen=4, biased=9, heads=None), 20 * 11_264 + 15 * 2 * 8 * 2048),
     ("roberta-base-classifier", LinearProbe(), 768**2 + 768 + 2 * 768 + 2),
     ("bert-base", TopLayers(k=2, heads=None), 2 * 7_087_872),
     ("gpt2", TopLayers(k=3, heads=None), 3 * 7_087_872 + 2 * 768),  # with the norm after the last block

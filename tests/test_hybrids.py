@@ -9,14 +9,30 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from harness import output, perturb
+from harness import differences, output, perturb, snapshot, train
 from torch import Tensor, nn
 
-from lightning_peft import UniPELT, load_adapter, save_adapter
+from lightning_peft import (
+    MAM,
+    S4,
+    SPAFIT,
+    BitFit,
+    Compacter,
+    DoRA,
+    LNTuning,
+    LoRA,
+    ParallelAdapter,
+    PrefixTuning,
+    UniPELT,
+    load_adapter,
+    save_adapter,
+)
 from lightning_peft.core import state
 from lightning_peft.core.attention import scaled_dot_product
+from lightning_peft.core.fields import FieldError
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import TargetError
+from lightning_peft.methods.s4 import spindle
 from lightning_peft.methods.unipelt import GatedPrefix
 
 SMALL: dict[str, Any] = {"length": 3, "rank": 3, "bottleneck": 6, "heads": None}
@@ -121,3 +137,128 @@ def test_the_prefix_of_unipelt_may_come_out_of_an_mlp_and_files_hold_what_comes_
 def test_unipelt_where_a_layer_is_not_known_whole() -> None:
     with pytest.raises(TargetError, match="needs the queries' projection and the block"):
         UniPELT(exclude="*.layers.0", heads=None).apply(zoo.build("llama"))
+
+
+# ------------------------------------------------------------------ S4
+@pytest.mark.parametrize(
+    ("blocks", "sizes"), {12: [2, 4, 4, 2], 24: [4, 8, 8, 4], 6: [1, 2, 2, 1], 3: [1, 1, 0, 1], 1: [1, 0, 0, 0]}.items()
+)
+def test_a_spindle(blocks: int, sizes: list[int]) -> None:
+    assert spindle(blocks) == sizes
+
+
+def by_block(net: nn.Module) -> dict[str, dict[str, int]]:
+    """block -> method -> how many parameters it trains there."""
+    found: dict[str, dict[str, int]] = {}
+    for name, p in state.trainable(net).items():
+        place, _, rest = name.partition(".adapters.")
+        block = ".".join(place.split(".")[: next(i for i, part in enumerate(place.split(".")) if part.isdigit()) + 1])
+        method = rest.partition(".")[0].removeprefix("s4_") if rest else "base"
+        counts = found.setdefault(block, {})
+        counts[method] = counts.get(method, 0) + p.numel()
+    return found
+
+
+@pytest.mark.parametrize("model", ["bert-base", "t5-base"])
+def test_s4_spends_the_budget_evenly_and_not_more(model: str) -> None:
+    net = zoo.meta(model)
+    total = sum(p.numel() for p in net.parameters())
+    blocks = by_block(S4(heads=None).apply(net))
+    share = 0.005 * total / len(blocks)
+    assert len(blocks) == (12 if model == "bert-base" else 24)
+    for name, parts in blocks.items():
+        decoder = name.startswith("decoder")
+        units = {"pfeiffer": 2 * 768 + 1, "lora": 4 * 768, "prefix_tuning": 2 * 768 * (1 + decoder)}
+        layer = int(name.rpartition(".")[2])
+        wanted = [{"pfeiffer", "lora"}, {"pfeiffer", "prefix_tuning"}, {"pfeiffer", "prefix_tuning", "biases"},
+                  {"prefix_tuning", "biases", "lora"}][(layer >= 2) + (layer >= 6) + (layer >= 10)]  # fmt: skip
+        biases = {"bert-base": "base", "t5-base": "bitfit"}[model]
+        assert set(parts) == {biases if part == "biases" else part for part in wanted}
+        assert share - sum(units.get(part, 0) for part in parts) < sum(parts.values()) <= share
+
+
+def test_groupings_of_s4_are_settings() -> None:
+    net = S4(budget=0.1, groups=["lora", "bitfit"], sizes=[1, 1], heads=None).apply(zoo.build("gpt2"))
+    assert {block: set(parts) for block, parts in by_block(net).items()} == {
+        "transformer.h.0": {"lora"},
+        "transformer.h.1": {"base"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": 0.0}, "budget=0.0"),
+        ({"groups": ["lora", "nope"]}, "'nope' is no method here. Known: adapter"),
+        ({"sizes": [1, 2]}, "give a size"),
+    ],
+)
+def test_s4_with_values_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(FieldError, match=message):
+        S4(**fields)
+
+
+def test_s4_on_models_that_cannot_take_it() -> None:
+    for method, model, message in (
+        (S4(), "bert", "parameters for .* which needs .* at least. Raise the budget"),
+        (S4(sizes=[1, 1, 1, 1]), "bert", "4 blocks in groups, and there are 2"),
+        (S4(), "mlp", "none are known"),
+    ):
+        with pytest.raises(TargetError, match=message):
+            method.apply(zoo.build(model))
+
+
+# ------------------------------------------------------------------ SPAFIT, lists of methods
+def test_spafit_leaves_low_blocks_without_a_graph() -> None:
+    net = SPAFIT(frozen=1, biased=1, rank=2, heads=None).apply(zoo.build("gpt2"))
+    assert all(".h.1." in name for name in state.trainable(net))
+    reached = []
+    net.transformer.h[0].register_forward_hook(lambda *io: reached.append(io[2]))  # type: ignore[union-attr, index]
+    net(**zoo.inputs("gpt2"))
+    assert not reached[0].requires_grad
+    with pytest.raises(FieldError, match="biased counts"):
+        SPAFIT(frozen=3, biased=2)
+    with pytest.raises(TargetError, match=r"layers='9-' asks for block 9, but the model has 2"):
+        SPAFIT(frozen=0).apply(zoo.build("gpt2"))
+
+
+LISTS: dict[str, tuple[str, list[Any]]] = {
+    "nested": ("llama", [LoRA(targets="q,v", rank=2), BitFit(targets="q")]),
+    "disjoint layers": ("gpt2", [DoRA(targets="q,v", rank=2, layers=[0]), BitFit(layers=[1])]),
+    "compact": ("bert", [Compacter(bottleneck=8), LNTuning(heads=None)]),
+    "base and beside": ("bert", [LoRA(rank=2, bias="adapted"), BitFit(targets="q,up", heads=None)]),
+    "three": ("t5", [LoRA(rank=2), PrefixTuning(length=2), ParallelAdapter(bottleneck=4)]),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_methods_of_a_list_train_together_and_leave_one_by_one(case: str, tmp_path: Path) -> None:
+    model, methods = LISTS[case]
+    net = zoo.build(model)
+    output(net, model)
+    before = snapshot(net)
+    alone = [set(state.trainable(method.apply(zoo.build(model)))) for method in methods]
+    for method in methods:
+        method.apply(net)
+    assert set(state.trainable(net)) == set().union(*alone)
+    train(net, model)
+    expected, fresh = output(net, model), zoo.build(model)
+    for method in methods:
+        save_adapter(net, tmp_path / method.info.name, label=method.info.name)
+        load_adapter(fresh, tmp_path / method.info.name)
+    torch.testing.assert_close(output(fresh, model), expected, atol=1e-6, rtol=1e-6)
+    methods[0].remove(net)
+    assert set(state.trainable(net)) == set().union(*alone[1:])
+    for method in methods[1:]:
+        method.remove(net)
+    assert differences(before, snapshot(net)) == []
+
+
+def test_mam_is_its_parts_one_after_the_other() -> None:
+    whole = MAM(length=3, bottleneck=6, scale=2.0, heads=None).apply(zoo.build("bert"))
+    parts = zoo.build("bert")
+    PrefixTuning(length=3, heads=None).apply(parts)
+    ParallelAdapter(bottleneck=6, scale=2.0, heads=None).apply(parts)
+    for net in (whole, parts):
+        perturb(net)
+    assert torch.equal(output(whole, "bert"), output(parts, "bert"))

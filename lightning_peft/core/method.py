@@ -171,6 +171,10 @@ class Method:
         """The methods that this one is made of; they act under its label."""
         return ()
 
+    def parts_on(self, model: nn.Module) -> tuple[Method, ...]:
+        """The same, where they depend on the model."""
+        return self.parts()
+
     def go_on(self, config: Mapping[str, Any]) -> None:
         """Take over what the method counts in its own fields, from the config of the one that was here before."""
 
@@ -258,7 +262,7 @@ def apply_as(method: Method, model: nn.Module, label: str, trainable: bool, keep
             "configure_model() or setup('fit')."
         )
     state.check_not_repacked(model)
-    parts = method.parts() or (method,)
+    parts = method.parts_on(model) or (method,)
     several = len(parts) > 1
     plans = [(f"{label}_{part.info.name}" if several else label, part, list(_plan(part, model))) for part in parts]
     heads = head_modules(model, method)
@@ -363,9 +367,10 @@ def _base_tensors(
 ) -> Iterator[tuple[str, Tensor | state.Known]]:
     """What identifies the base: all parameters of the smallest part that holds what is adapted, without heads.
 
-    A norm alone says too little: the part holds a matrix, too.
+    A norm alone says too little: the part holds a matrix, too. What another method trains in place counts as it was.
     """
     heads = {id(s.parameter) for s in selected if s.head}
+    before = {s.key: s.original for a in state.all_applied(model) for s in a.selected if s.original is not None}
     names = [site.name for _, _, plan in plans for site, _ in plan]
     if not names:
         where = {id(m): name for name, m in model.named_modules()}
@@ -376,8 +381,8 @@ def _base_tensors(
     for module in sorted_modules(model.get_submodule(name)):
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in heads:
-                known = state.known_weight(module, name, parameter)
-                yield name if known is parameter else "weight", known
+                known = state.known_weight(module, name, before.get((id(module), name), parameter))
+                yield "weight" if isinstance(known, state.Known) else name, known
 
 
 def has_matrix(tower: nn.Module) -> bool:
@@ -473,7 +478,7 @@ def _select_scope(part: Method, model: nn.Module) -> Iterator[tuple[str, nn.Modu
             inside = site.module.named_modules(prefix=site.name)
             yield from ((name, module, site) for name, module in inside if not isinstance(module, Adapter))
     elif part.layers is not None:
-        for site in sites(model, "block", layers=part.layers, roles=part.roles):
+        for site in sites(model, "block", layers=part.layers, exclude=part.exclude, roles=part.roles):
             yield from ((name, module, None) for name, module in site.module.named_modules(prefix=site.name))
     else:
         yield from ((name, m, None) for name, m in model.named_modules() if not isinstance(m, Adapter))

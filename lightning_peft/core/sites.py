@@ -226,7 +226,7 @@ def _in_layers(found: dict[Key, Site], layers: object) -> dict[Key, Site]:
 
 
 def _indices(layers: object, count: int, stack: str) -> set[int]:
-    """Numbers of blocks: "last:6", "first:4", "2-5", "0,3,7", 3 or [0, 3, 7] in a stack of `count`."""
+    """Numbers of blocks: "last:6", "first:4", "2-5", "9-", "0,3,7", 3 or [0, 3, 7] in a stack of `count`."""
     items = layers.split(",") if isinstance(layers, str) else layers if isinstance(layers, Iterable) else [layers]
     numbers = {number for item in items for number in _range(str(item).strip(), count, layers)}
     if wrong := sorted(n for n in numbers if not 0 <= n < count):
@@ -238,9 +238,13 @@ def _indices(layers: object, count: int, stack: str) -> set[int]:
 
 
 def _range(item: str, count: int, layers: object) -> range:
+    if re.fullmatch(r"\d+-", item):
+        return range(int(item[:-1]), max(count, int(item[:-1]) + 1))
     match = re.fullmatch(r"(first:|last:|\d+-)?(\d+)", item)
     if match is None:
-        raise TargetError(f"layers={layers!r} is not understood. Write 'last:6', 'first:4', '2-5', '0,3,7' or [0, 3].")
+        raise TargetError(
+            f"layers={layers!r} is not understood. Write 'last:6', 'first:4', '2-5', '9-', '0,3,7' or [0, 3]."
+        )
     kind, number = match[1] or "", int(match[2])
     if kind == "first:":
         return range(number)

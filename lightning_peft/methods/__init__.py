@@ -68,8 +68,10 @@ from lightning_peft.methods.randlora import RandLoRA
 from lightning_peft.methods.relora import ReLoRA
 from lightning_peft.methods.remora import ReMoRA
 from lightning_peft.methods.road import RoAd
+from lightning_peft.methods.s4 import S4
 from lightning_peft.methods.said import DID, SAID
 from lightning_peft.methods.shira import SHiRA
+from lightning_peft.methods.spafit import SPAFIT
 from lightning_peft.methods.sparse_adapter import SparseAdapter
 from lightning_peft.methods.ssf import SSF
 from lightning_peft.methods.tied_lora import TiedLoRA
@@ -155,8 +157,10 @@ __all__ = [
     "ReLoRA",
     "ReMoRA",
     "RoAd",
+    "S4",
     "SAID",
     "SHiRA",
+    "SPAFIT",
     "SSF",
     "SparseAdapter",
     "TiedLoRA",

@@ -131,6 +131,6 @@ def more_than_adapters(cls: type[Method], inner: Method) -> str:
     """What a method does beside its adapters."""
     own = [name for c in cls.__mro__ if issubclass(c, PEFT) and c is not PEFT for name in vars(c)]
     hooks = [name for name in own if name.startswith("on_") or name in ("extra_loss", "state_dict")]
-    several = ["several methods in one"] if inner.parts() else []
+    several = ["several methods in one"] if inner.parts() or type(inner).parts_on is not PEFT.parts_on else []
     selects = ["weights of the base"] if cls.select is not Method.select and inner.scope != "nothing" else []
     return ", ".join(hooks + several + selects)
