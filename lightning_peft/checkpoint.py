@@ -50,6 +50,7 @@ def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: boo
             f"the method, "
             "configuration and model that the checkpoint was made with."
         )
+    own = expecting(module, given)
     for name, tensor in given.items():
         if name in own and own[name].shape != tensor.shape:
             raise CheckpointError(
@@ -60,6 +61,16 @@ def load_model_state(module: nn.Module, given: Mapping[str, Tensor], strict: boo
         state.verify_bases(module)
     except BasisError as error:
         raise CheckpointError(str(error)) from None
+
+
+def expecting(module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's state dict, when the adapters have the sizes of what they are given."""
+    names = {id(m): f"{name}." if name else "" for name, m in module.named_modules()}
+    for placement in (x for a in state.all_applied(module) for x in a.placements):
+        prefix = names.get(id(placement.adapter))
+        if prefix is not None:
+            placement.adapter.expect({n.removeprefix(prefix): t for n, t in given.items() if n.startswith(prefix)})
+    return nn.Module.state_dict(module)
 
 
 def load_checkpoint(module: nn.Module, path: str | Path, methods: Sequence[Method] | None = None) -> nn.Module:

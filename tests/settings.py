@@ -108,6 +108,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qalora": {"rank": 3, "group": 4, "alpha": 2},
     "trainable_tokens": {"tokens": [13, 12, 4, 8]},
     "lst": {"reduction": 4},
+    "selective": {"score": "random", "budget": 0.1},
+    "fish": {"score": "magnitude", "budget": 0.2, "exclude": "*embed*?"},
+    "lt_sft": {},
+    "diff_pruning": {"alpha": 1.0},
     "attention_fusion": {"key": 6, "embeddings": True},
     "lets": {"rank": 3, "targets": "q,v,down"},
     "cross_attention": {},
@@ -214,7 +218,6 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
     **{(n, m): NotMergeableError for n in ("bitfit", "ssf", "glora") for m in ("llama", "t5", "mlp")},
     **{("spafit", m): NotMergeableError for m in ("llama", "t5")},
     **{("output_adapter", m): NotMergeableError for m in MODELS if m != "mlp"},  # at norms and blocks, and not linear
-    **{(name, "encoder"): NotMergeableError for name in ("said", "did")},  # they move packed attention as one
 }
 
 # whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average, pruned tensors
@@ -235,6 +238,10 @@ COLLAPSED = {
 FROM_WEIGHTS = {"lst"}
 # which put states of their own in place of the base's: of two the outermost counts, where the blocks are all they read
 IN_PLACE_OF_STATES = {"lst"}
+COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning", "pissa"}
+# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average, pruned tensors
+COLLAPSED = {"adamix", "corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa", "sparse_adapter"}
+COLLAPSED |= {"diff_pruning"}  # a sparse change
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only
@@ -333,6 +340,10 @@ QUICK = {
     "spafit": ("gpt2", "encoder"),
     "unipelt": ("t5", "encoder"),
     "top_layers": ("t5", "vit"),
+    "selective": ("gpt2", "encoder"),
+    "fish": ("t5", "llama"),
+    "lt_sft": ("bert", "gpt2"),
+    "diff_pruning": ("llama", "gpt2"),
 }
 
 

@@ -101,6 +101,7 @@ RANDOM = {
     "lst",
     "attention_fusion",
     "lets",
+    "selective",
 }  # have random initial tensors
 IN_PLACE = {
     "s4",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Adapter(nn.Module):
     absorbed = False  # the base's codes were made for it (`compensate`), and are not the base's without it
     apart = False  # what it is attached to runs without gradients: there is nothing to compute again in backward
     folds_norms = False  # `fold` takes the gain and bias of a norm, too, as one row (1, d) and (d,)
+    beyond: Iterable[str] = ()  # parameters other than weight and bias that `fold_parameters` changes
     cell: Cell
     place: nn.Module  # what it is attached to; there while it is attached, and no child
 
@@ -77,6 +78,10 @@ class Adapter(nn.Module):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (d_out, d_in) and bias (d_out,) of a plain projection that computes what the adapted one does."""
         return weight + self.delta(weight), bias
+
+    def fold_parameters(self) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """Of an adapter with parameters `beyond`: all that it changes, and their change."""
+        return ()
 
     def check_fold(self) -> None:
         """Raise `NotMergeableError` where there is no weight at all that could take the change."""
@@ -112,6 +117,9 @@ class Adapter(nn.Module):
     def counted(self) -> Iterable[tuple[nn.Parameter, int]]:
         """Parameters of which only some entries take part, and how many."""
         return ()
+
+    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+        """These are about to be loaded: take their sizes, where training decides them."""
 
     def collapsed(self) -> dict[str, Tensor]:
         """The tensors that go into an adapter file; a reparametrised adapter gives what it stands for."""

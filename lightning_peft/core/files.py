@@ -282,6 +282,11 @@ def matched(
     """Key -> tensor of the model, and key -> tensor of the file, which fit each other; an error where they do not."""
     wanted = collected(model, applied)
     tensors = aligned(model, tensors, set(wanted), directory)
+    names = names_of(model)
+    for placement in applied.placements:
+        prefix = adapter_key(names, applied, placement, "")
+        placement.adapter.expect({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    wanted = collected(model, applied)
     own = dict(destinations(model, applied, tensors))
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or extra:

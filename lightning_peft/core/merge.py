@@ -73,6 +73,8 @@ def _merge_owner(
     if quantised:
         applied.thawed.append(thaw(owner, torch.float32))
     error = 0.0
+    if any(x.adapter.beyond for stack in stacks for x in stack):
+        return _fold_parameters([x for stack in stacks for x in stack])
     for stack in stacks:
         weight, bias = _fold(stack)
         place = stack[0].place
@@ -109,6 +111,28 @@ def shifts(owner: nn.Module, stacks: list[list[Placement]]) -> bool:
     if not isinstance(owner, Quantised) or owner.quantisation.mode not in INTEGERS:
         return False
     return all(x.adapter.grouped(owner.quantisation.blocksize) is not None for stack in stacks for x in stack)
+
+
+@torch.no_grad()
+def _fold_parameters(stack: list[Placement]) -> tuple[float, str]:
+    """Of a module with parameters of other names: each by the change that its adapters say."""
+    error, dtype = 0.0, ""
+    for placement in stack:
+        if not placement.adapter.beyond:
+            raise NotMergeableError(
+                f"{type(placement.adapter).__name__} at {placement.site!r} cannot be folded beside an adapter that "
+                "changes more than weight and bias. Leave it attached."
+            )
+        for parameter, change in placement.adapter.fold_parameters():
+            placement.before.append((parameter, parameter.detach().clone()))
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            exact = parameter.to(wide) + change.to(wide)
+            if not torch.isfinite(exact).all():
+                raise MergeError(f"Folding {placement.site!r} gives values that are not finite; nothing was merged.")
+            parameter.copy_(exact)
+            error = max(error, float((parameter.to(wide) - exact).norm() / exact.norm().clamp(min=1e-30)))
+            dtype = str(parameter.dtype).removeprefix("torch.")
+    return error, dtype
 
 
 def _store(frozen: Frozen, into: str) -> tuple[float, str]:
@@ -281,6 +305,9 @@ def _put_back(applied: Applied) -> None:
         if placement.original is not None:
             projection.write(placement.place, *placement.original)
             placement.original = None
+        for parameter, before in reversed(placement.before):
+            parameter.copy_(before)
+        placement.before = []
     for frozen in applied.thawed:
         refreeze(frozen)
     applied.thawed = []

@@ -42,6 +42,7 @@ class Placement:
     site: str
     role: str | None = None
     original: tuple[Tensor, Tensor | None] | None = None
+    before: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # of parameters beyond weight and bias
 
 
 @dataclass(eq=False)

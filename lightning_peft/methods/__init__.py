@@ -14,11 +14,13 @@ from lightning_peft.methods.compacter import Compacter, CompacterPP, PHMAdapter
 from lightning_peft.methods.corda import CorDA
 from lightning_peft.methods.cross_attention import CrossAttention
 from lightning_peft.methods.delora import DeLoRA
+from lightning_peft.methods.diff_pruning import DiffPruning
 from lightning_peft.methods.direft import DiReFT
 from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dvora import DVoRA
 from lightning_peft.methods.ends import InputAdapter, OutputAdapter
 from lightning_peft.methods.eva import EVA
+from lightning_peft.methods.fish import FishMask
 from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.glora import GLoRA
@@ -47,6 +49,7 @@ from lightning_peft.methods.lora_ga import LoRAGA
 from lightning_peft.methods.loreft import LoReFT
 from lightning_peft.methods.lqlora import LQLoRA
 from lightning_peft.methods.lst import LST
+from lightning_peft.methods.lt_sft import LTSFT
 from lightning_peft.methods.mam import MAM
 from lightning_peft.methods.miss import MiSS
 from lightning_peft.methods.mora import MoRA
@@ -70,6 +73,7 @@ from lightning_peft.methods.remora import ReMoRA
 from lightning_peft.methods.road import RoAd
 from lightning_peft.methods.s4 import S4
 from lightning_peft.methods.said import DID, SAID
+from lightning_peft.methods.selective import SelectiveTuning
 from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.spafit import SPAFIT
 from lightning_peft.methods.sparse_adapter import SparseAdapter
@@ -159,6 +163,10 @@ __all__ = [
     "RoAd",
     "S4",
     "SAID",
+    "SelectiveTuning",
+    "DiffPruning",
+    "FishMask",
+    "LTSFT",
     "SHiRA",
     "SPAFIT",
     "SSF",

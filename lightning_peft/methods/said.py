@@ -6,23 +6,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
-from lightning_peft.core import projection, state
-from lightning_peft.core.adapter import Adapter, NotMergeableError, Takeover, inside
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.basis import Basis
 from lightning_peft.core.fields import positive
 from lightning_peft.core.init import Draw
 from lightning_peft.core.method import head_modules
-from lightning_peft.core.quantised import is_quantised
+from lightning_peft.core.moved import Moved, whole_modules
 from lightning_peft.core.sites import Site, Sites, TargetError
 
 
@@ -89,16 +85,12 @@ class Subspace(nn.Module):
         return change if self.gains is None else self.gains[index] * change
 
 
-class Moved(Adapter):
+class Projected(Moved):
     """theta = theta_0 + lambda P v for every parameter of one module, while the module runs."""
 
-    additive = True
-    folds_norms = True
-
     def __init__(self, space: Subspace, tensors: dict[str, tuple[int, Fastfood]]) -> None:
-        super().__init__()
+        super().__init__({name: index for name, (index, _) in tensors.items()})
         self.space = space
-        self.names = {name: index for name, (index, _) in tensors.items()}
         self.projections = nn.ModuleList(fastfood for _, fastfood in tensors.values())
 
     def reset(self, draw: Draw) -> None:
@@ -111,76 +103,6 @@ class Moved(Adapter):
     def changes(self) -> dict[str, Tensor]:
         pairs = zip(self.names.items(), self.projections, strict=True)
         return {name: self.space.change(fastfood, index) for (name, index), fastfood in pairs}  # type: ignore[arg-type]
-
-    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        changes = self.changes()
-        if is_quantised(self.place):
-            return beside(base, args[0], changes, flipped(self.place))
-        plain = self.plain(base)
-        if plain is base:
-            with self.moved(changes):
-                return base(*args, **kwargs)
-        y = base(*args, **kwargs)  # others scale or turn what is inside of them: the subspace is added after that
-        with self.moved(changes):
-            moved = plain(*args, **kwargs)
-        return y + (moved - plain(*args, **kwargs))
-
-    def plain(self, base: Callable[..., Any]) -> Callable[..., Any]:
-        """The module without adapters, if those in `base` do more than add to it."""
-        if set(self.names) - {"weight", "bias"} or all(adapter.additive for adapter in inside(self)):
-            return base
-        while isinstance(base, partial) and isinstance(base.func, Adapter):
-            base = base.args[0]
-        return base.base() if isinstance(base, Takeover) else base
-
-    @contextmanager
-    def moved(self, changes: dict[str, Tensor]) -> Iterator[None]:
-        before: list[tuple[nn.Module, str, Any]] = []
-        try:
-            for name, change in changes.items():
-                owner, leaf = self.owner(name)
-                theta = getattr(owner, leaf)
-                before.append((owner, leaf, vars(owner).get(leaf)))
-                vars(owner)[leaf] = theta + change.to(theta.dtype)  # in front of the parameter of that name
-            yield
-        finally:
-            for owner, leaf, old in reversed(before):
-                if old is None:
-                    del vars(owner)[leaf]
-                else:
-                    vars(owner)[leaf] = old
-
-    def owner(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        return (self.place.get_submodule(path) if path else self.place), leaf
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if others := set(self.names) - {"weight", "bias"}:
-            raise NotMergeableError(
-                f"The subspace moves {', '.join(sorted(others))} of a {type(self.place).__name__}, which merging does "
-                "not reach. Leave it attached, or exclude that module before training."
-            )
-        changes = {name: change.to(weight) for name, change in self.changes().items()}
-        if "bias" in changes and bias is not None:
-            bias = bias + changes["bias"]
-        if "weight" not in changes:
-            return weight, bias
-        change = changes["weight"].T if flipped(self.place) else changes["weight"]
-        return weight + change.reshape(weight.shape), bias
-
-
-def flipped(place: nn.Module) -> bool:
-    """Whether the weight is kept as (d_in, d_out), as transformers' Conv1D and embeddings do."""
-    weight = place.weight
-    return isinstance(weight, Tensor) and projection.views(place)[0].stride() != weight.stride()
-
-
-def beside(base: Callable[..., Any], x: Tensor, changes: dict[str, Tensor], turned: bool) -> Tensor:
-    """Of a weight in codes: y = W_0 x + b_0 + (lambda P v) x"""
-    y = base(x)
-    change = changes["weight"].T if turned else changes["weight"]
-    bias = changes.get("bias")
-    return y + F.linear(x.to(y.dtype), change.to(y.dtype), None if bias is None else bias.to(y.dtype))
 
 
 class SAID(PEFT, name="said", family="reparametrisation", paper="2012.13255", mergeable=True):
@@ -215,7 +137,7 @@ class SAID(PEFT, name="said", family="reparametrisation", paper="2012.13255", me
         numbers = {key: index for index, key in enumerate(parameters)}
         fastfoods = {key: Fastfood(self.seed, numbers[key], p.shape) for key, p in parameters.items()}
         for site, named in chosen:
-            yield site, Moved(space, {name: (numbers[id(p)], fastfoods[id(p)]) for name, p in named.items()})
+            yield site, Projected(space, {name: (numbers[id(p)], fastfoods[id(p)]) for name, p in named.items()})
 
 
 class DID(SAID, name="did", family="reparametrisation", paper="2012.13255", mergeable=True):
@@ -223,23 +145,3 @@ class DID(SAID, name="did", family="reparametrisation", paper="2012.13255", merg
 
     v (dimension,) starts at zero: the base at step 0. `dimension` parameters in all; P_i as in SAID.
     """
-
-
-def whole_modules(sites: Sites, heads: dict[str, nn.Module]) -> Iterator[tuple[Site, dict[str, nn.Parameter]]]:
-    """Each module once, with its parameters; nn.MultiheadAttention with those of its output projection."""
-    seen = {id(m) for head in heads.values() for m in head.modules()}
-    attentions = [m for m in sites.model.modules() if isinstance(m, nn.MultiheadAttention)]
-    seen |= {id(m.out_proj) for m in attentions}
-    for site in sites:
-        module = site.module
-        if site.part is not None or site.columns is not None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        inside = isinstance(module, nn.MultiheadAttention)
-        named = {n: p for n, p in module.named_parameters(recurse=inside) if ".adapters." not in f".{n}"}
-        coded = [name for name in named if state.is_codes(module, name)]
-        for name in coded:  # known by its shape
-            whole = state.asked_about(module, name, named.pop(name))
-            named = {"weight": whole, **named}
-        if named:
-            yield site, named

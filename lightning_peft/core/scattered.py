@@ -1,0 +1,232 @@
+"""Chosen entries of many tensors that train, as one vector: gradients and moments are of the chosen entries only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, inside
+from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.init import Draw
+from lightning_peft.core.moved import Moved
+from lightning_peft.core.quantised import is_quantised
+
+
+class Entries(nn.Module):
+    """v (K,): the change of K entries of all tensors, laid one after the other; index (K,): which, ascending
+
+    An empty index says that nothing is chosen yet, and v is of no effect; unless `dense`, where v holds all entries.
+    """
+
+    index: Tensor
+
+    def __init__(self, sizes: list[int], count: int) -> None:
+        super().__init__()
+        self.ends = list(itertools.accumulate(sizes))
+        self.starts = [end - size for end, size in zip(self.ends, sizes, strict=True)]
+        self.v = nn.Parameter(torch.empty(count))
+        dtype = torch.int32 if self.total < 2**31 else torch.int64
+        self.register_buffer("index", torch.zeros(0, dtype=dtype))
+        self.cuts = [0] * (len(sizes) + 1)  # where the entries of each tensor begin in v
+        self.dense, self.l1 = False, 0.0
+
+    @property
+    def total(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is known which entries train."""
+        return not self.dense and len(self.index) > 0
+
+    def of(self, number: int) -> tuple[Tensor | None, Tensor] | None:
+        """Places within the tensor of this number (None for all of them) and their change; None for no change."""
+        if self.dense:
+            return None, self.v[self.starts[number] : self.ends[number]]
+        first, last = self.cuts[number], self.cuts[number + 1]
+        if first == last:
+            return None
+        return self.index[first:last] - self.starts[number], self.v[first:last]
+
+    def begin(self, draw: Draw) -> None:
+        draw.zeros(self.v)
+
+    def still(self) -> AbstractContextManager[Any]:
+        """Within it, `of` draws nothing."""
+        return nullcontext()
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of each optimizer step."""
+        return self.l1 * self.v.abs().mean() if self.l1 and self.dense else None
+
+    @torch.no_grad()
+    def choose(self, index: Tensor, values: Tensor | None = None) -> None:
+        """These entries (K,), ascending, from a change of zero or of `values`; the parameter stays the same object."""
+        self.dense = False
+        self.take(index, torch.zeros(len(index)) if values is None else values)
+
+    @torch.no_grad()
+    def take(self, index: Tensor, values: Tensor) -> None:
+        index = index.to(self.index)
+        if len(values) == len(self.v) and self.v.device == self.index.device:
+            self.v.copy_(values)
+        else:
+            self.v.data = values.to(self.v)
+            self.v.grad = None
+        self.index = index.clone()
+        self.note(index)
+
+    def note(self, index: Tensor) -> None:
+        """Where the entries of each tensor are, as numbers: what is compiled or run later looks at no value."""
+        bounds = torch.tensor([*self.starts, self.total], dtype=torch.int64)
+        self.cuts = torch.searchsorted(index.detach().cpu().long().contiguous(), bounds).tolist()
+
+
+class Scattered(Moved):
+    """theta = theta_0, and theta_0 + v at the chosen entries, for every parameter of one module while it runs."""
+
+    def __init__(self, entries: Entries, names: dict[str, int], shapes: dict[str, torch.Size]) -> None:
+        super().__init__(names)
+        self.entries, self.shapes = entries, shapes
+        self.chooser: Any = None  # who chooses (`core.scores.Chooser`), when the last of the adapters is drawn
+        self.probes: dict[str, Tensor] = {}  # zeros added to weights in codes, to see their gradient
+        self.first = False  # of the adapters that share the entries, the one that speaks for them
+
+    def reset(self, draw: Draw) -> None:
+        self.entries.begin(draw)
+        if self.chooser is not None:
+            self.chooser.drawn(self, draw)
+
+    def penalty(self) -> Tensor | None:
+        return self.entries.penalty() if self.first else None
+
+    # -------------------------------------------------------------- the moved tensors
+    def of(self, name: str) -> tuple[Tensor | None, Tensor] | None:
+        return self.entries.of(self.names[name])
+
+    def change(self, name: str) -> Tensor | None:
+        if (found := self.of(name)) is None:
+            return self.probes.get(name)
+        index, v = found
+        shape = self.shapes[name]
+        flat = v if index is None else v.new_zeros(shape.numel()).index_add(0, index, v)
+        return flat.view(shape) if name not in self.probes else flat.view(shape) + self.probes[name]
+
+    def shifted(self, thetas: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: self.of(name) for name in thetas}
+        return {name: scattered(thetas[name], *pair) for name, pair in found.items() if pair is not None}
+
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not (len(args) == 1 and not kwargs and "weight" in self.names and is_plain(self, base)):
+            return super().forward(base, *args, **kwargs)
+        if (found := self.of("weight")) is None or found[0] is None:
+            return super().forward(base, *args, **kwargs)
+        place: Any = self.place
+        biases = {} if place.bias is None else {"bias": place.bias}
+        bias = (self.shifted(biases) if "bias" in self.names else {}).get("bias", place.bias)
+        return product(args[0], place.weight, bias, *found, is_conv1d(place))  # type: ignore[arg-type]
+
+    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the sizes and the choice of what is about to be loaded."""
+        values, index = tensors.get("entries.v"), tensors.get("entries.index")
+        if values is None or index is None or values.dim() != 1 or index.dim() != 1:
+            return
+        fits = len(index) == len(values) and (not len(index) or int(index.max()) < self.entries.total)
+        if fits or not len(index):
+            self.entries.dense = not len(index) and len(values) == self.entries.total
+            self.entries.take(index, torch.zeros(len(values)))
+
+
+def scattered(theta: Tensor, index: Tensor | None, v: Tensor) -> Tensor:
+    """theta with v added at the entries `index` of it, or at all of them"""
+    if index is None:
+        return theta + v.view(theta.shape).to(theta.dtype)
+    return theta.reshape(-1).index_add(0, index, v.to(theta.dtype)).view(theta.shape)
+
+
+def is_plain(adapter: Adapter, base: Callable[..., Any]) -> bool:
+    """Whether `base` is the forward of a projection, with nothing around it."""
+    place = adapter.place
+    own = type(place) is nn.Linear or (is_conv1d(place) and not is_quantised(place))
+    return own and isinstance(base, partial) and base.func is type(place).forward and not inside(adapter)
+
+
+def product(x: Tensor, w: Tensor, bias: Tensor | None, index: Tensor, v: Tensor, turned: bool) -> Tensor:
+    """(W + v at the index) x + b, without keeping the sum for backward; in the dtype of autocast, where that is on"""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    return Product.apply(x, w, bias, index, v, turned)  # type: ignore[no-any-return]
+
+
+class Product(torch.autograd.Function):
+    """y = W' x + b, W' made again in backward; the gradient of W' lives while its chosen entries are taken from it."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, w: Tensor, bias: Tensor | None, index: Tensor, v: Tensor, turned: bool
+    ) -> Tensor:
+        moved = scattered(w, index, v).to(x.dtype)
+        if not turned:
+            return F.linear(x, moved, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ moved if bias is None else torch.addmm(bias, flat, moved)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, bias, index, v, ctx.turned = inputs
+        ctx.biased = bias is not None
+        ctx.save_for_backward(x, w, index, v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, w, index, v = ctx.saved_tensors
+        g = grads[0]
+        out: list[Tensor | None] = [None] * 6
+        if ctx.needs_input_grad[0]:
+            moved = scattered(w, index, v).to(g.dtype)
+            out[0] = g @ (moved.T if ctx.turned else moved)
+        rows, inputs = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
+            full = inputs.T @ rows if ctx.turned else rows.T @ inputs
+            if ctx.needs_input_grad[4]:
+                out[4] = full.reshape(-1)[index].to(v.dtype)
+            if ctx.needs_input_grad[1]:
+                out[1] = full.to(w.dtype)
+        if ctx.biased and ctx.needs_input_grad[2]:
+            out[2] = rows.sum(0)
+        return tuple(out)
+
+
+@torch.no_grad()
+def rechosen(entries: Entries, index: Tensor, optimizers: Iterable[Any] = ()) -> None:
+    """Another choice: what stays keeps its change and its moments, what comes begins at zero."""
+    old, index = entries.index.long(), index.to(entries.index.device)
+    at = torch.searchsorted(old, index).clamp(max=max(len(old) - 1, 0))
+    stays = old[at] == index if len(old) else torch.zeros_like(index, dtype=torch.bool)
+
+    def carried(values: Tensor) -> Tensor:
+        return torch.where(stays, values[at], 0).to(values.dtype)
+
+    for optimizer in optimizers:
+        kept = optimizer.state.get(entries.v, {})
+        for name, moment in kept.items():
+            if isinstance(moment, Tensor) and moment.shape == entries.v.shape and moment.dim():
+                kept[name] = carried(moment)
+    entries.choose(index, carried(entries.v))
+
+
+def forget(parameters: Iterable[Tensor], optimizers: Iterable[Any]) -> None:
+    """The optimizers begin anew with these."""
+    for parameter in parameters:
+        for optimizer in optimizers:
+            optimizer.state.pop(parameter, None)

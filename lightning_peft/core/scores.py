@@ -1,0 +1,389 @@
+"""What each entry of a model matters, and the choice of those that matter most.
+
+Scores are lists, one flat tensor for each candidate, in their order. Looking at a model changes nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_peft.core.architectures import is_conv1d
+from lightning_peft.core.calibration import CalibrationError, Run, distributed, on_any_rank
+from lightning_peft.core.init import Draw
+from lightning_peft.core.projection import base_weight
+from lightning_peft.core.quantised import is_quantised
+from lightning_peft.core.scattered import Entries, Scattered, rechosen, scattered
+
+Scores = list[Tensor]
+Over = Literal["weights", "rows", "tensors", "blocks"]
+Within = Literal["model", "block", "tensor"]
+TINY = 1e-8  # beside a tensor of zeros
+FROM_DATA = ("gradient", "sensitivity", "movement", "relative", "fisher")
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A tensor of which entries may be chosen, by the adapter that moves it and its name there."""
+
+    adapter: Scattered
+    attribute: str
+    name: str  # of the module
+    block: str
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.adapter.shapes[self.attribute]
+
+    @property
+    def codes(self) -> bool:
+        """Whether it is the weight of a quantised module, of which there is no parameter."""
+        return self.attribute == "weight" and is_quantised(self.adapter.place)
+
+    @property
+    def turned(self) -> bool:
+        """Outputs are its columns, as in a Conv1D."""
+        return self.attribute == "weight" and is_conv1d(self.adapter.place)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        owner, leaf = self.adapter.owner(self.attribute)
+        return getattr(owner, leaf)
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.adapter.place.parameters())
+
+    def value(self) -> Tensor:
+        """theta as it is now, flat, fp32."""
+        if self.codes:
+            weight = base_weight(self.adapter.place)
+            theta = (weight.T if self.turned else weight).float()
+        else:
+            theta = self.parameter.detach().float()
+        found = self.adapter.of(self.attribute) if self.adapter.entries.settled else None
+        return (theta if found is None else scattered(theta, found[0], found[1].detach())).reshape(-1)
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def rows(self) -> int:
+        """How many outputs (tokens, features of a norm) there are."""
+        return self.shape[1 if self.turned else 0] if len(self.shape) else 1
+
+    def row_of(self) -> Tensor:
+        """(size,) -> the output of each entry"""
+        index = torch.arange(self.rows)
+        if self.turned:
+            return index.repeat(self.shape[0])
+        return index.repeat_interleave(max(self.size // max(self.rows, 1), 1))
+
+
+# ------------------------------------------------------------------ scores
+def measure(kind: str, values: Scores, found: Scores, seed: int = 0) -> Scores:
+    """The score of each entry; values: theta, found: what `watch` gave, for the scores that need it"""
+    if kind == "magnitude":
+        return [t.abs() for t in values]
+    if kind == "random":
+        return [random(seed, number, t) for number, t in enumerate(values)]
+    if kind == "fisher":
+        return found
+    pairs = list(zip(values, found, strict=True))
+    if kind == "movement":
+        return [-t * g for t, g in pairs]
+    if kind == "relative":
+        return [g.abs() / (t.abs() + TINY) for t, g in pairs]
+    return [g.abs() if kind == "gradient" else (t * g).abs() for t, g in pairs]
+
+
+def random(seed: int, number: int, like: Tensor) -> Tensor:
+    scores = torch.empty(like.shape)
+    Draw(seed, f"scores/{number}").uniform(scores, 1.0)
+    return scores.to(like.device)
+
+
+@contextmanager
+def untouched(model: nn.Module, candidates: Iterable[Candidate]) -> Iterator[list[Tensor]]:
+    """Eval mode, and a tensor to differentiate by for each candidate; modes, flags, buffers come back as they were."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    probed = []
+    try:
+        model.eval()
+        sources: list[Tensor] = []
+        for c in candidates:
+            if c.codes:
+                sources.append(torch.zeros(c.shape, device=c.device, requires_grad=True))
+                c.adapter.probes[c.attribute] = sources[-1]
+                probed.append(c)
+            else:
+                sources.append(c.parameter.requires_grad_(True))
+        yield sources
+    finally:
+        for c in probed:
+            del c.adapter.probes[c.attribute]
+        for module, mode in modes.items():
+            module.training = mode
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        with torch.no_grad():
+            for b, before in buffers:
+                if not torch.equal(b, before):
+                    b.copy_(before)
+
+
+def watch(
+    model: nn.Module, candidates: list[Candidate], batches: Iterable[Any], run: Run, samples: int | None = None
+) -> tuple[Scores, int]:
+    """The mean gradient over batches, (n,) each; with `samples` the mean of squares over so many single examples."""
+    totals = [torch.zeros(c.size, device=c.device) for c in candidates]
+    count = 0
+    with untouched(model, candidates) as sources:
+        for batch in batches:
+            for part in [batch] if samples is None else examples(batch):
+                if count == samples:
+                    break
+                for total, g in zip(totals, gradients(run, part, count, sources), strict=True):
+                    if g is not None:
+                        g = g.detach().float().reshape(-1)
+                        total.add_(g if samples is None else g.square())
+                count += 1
+            if count == samples:
+                break
+    alive = count and any(bool(total.any()) for total in totals)
+    if on_any_rank([] if alive else ["none"]):
+        raise CalibrationError(f"{count} batches gave no gradient to what may be chosen. Give batches with labels.")
+    return reduced(totals, count), count
+
+
+def gradients(run: Run, batch: Any, index: int, sources: list[Tensor]) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        loss = run(batch, index)
+    if loss is None or not loss.requires_grad:
+        raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
+    return torch.autograd.grad(loss, sources, allow_unused=True)
+
+
+def reduced(totals: Scores, count: int) -> Scores:
+    """The mean over what all ranks saw."""
+    if distributed():
+        whole = torch.tensor(float(count), device=totals[0].device)
+        dist.all_reduce(whole)
+        count = int(whole)
+        for total in totals:
+            dist.all_reduce(total)
+    return [total / count for total in totals]
+
+
+def examples(batch: Any) -> Iterator[Any]:
+    """The rows of a batch, as batches of one."""
+    sizes = {len(t) for t in tensors_of(batch) if t.dim()}
+    if len(sizes) != 1:
+        raise CalibrationError(
+            f"Gradients of single examples need batches whose tensors have one first dimension, and these have "
+            f"{sorted(sizes)}. Choose another score, or call `identify` with batches of one example."
+        )
+    for i in range(sizes.pop()):
+        yield row(batch, i)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def row(value: Any, i: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[i : i + 1] if value.dim() else value
+    if isinstance(value, Mapping):
+        items = {key: row(item, i) for key, item in value.items()}
+        return type(value)(items) if type(value) is not dict else items  # type: ignore[call-arg]
+    if isinstance(value, (list, tuple)):
+        tensors = any(True for _ in tensors_of(value))
+        items_ = [row(item, i) for item in value] if tensors else list(value[i : i + 1])
+        return type(value)(items_) if type(value) in (list, tuple) else type(value)(*items_)
+    return value
+
+
+# ------------------------------------------------------------------ choices
+@dataclass(frozen=True)
+class Choice:
+    """How entries are chosen from scores: `count` of them at most; with a threshold only scores above it."""
+
+    count: int
+    over: Over = "weights"
+    within: Within = "model"
+    threshold: float | None = None
+    mean: bool = True
+
+    def __call__(self, candidates: list[Candidate], scores: Scores, norms: Scores | None = None) -> Tensor:
+        """(K,) ascending: the chosen entries of all candidates, laid one after the other.
+
+        norms: the scores are ratios of two norms over a unit, theirs and these.
+        """
+        if any(not s.isfinite().all() for s in scores):
+            raise CalibrationError("Scores are not finite: the batches give infinite or undefined gradients.")
+        local: list[list[Tensor]] = [[] for _ in candidates]
+        for members, count in self.shares(candidates):
+            part, mine = [candidates[i] for i in members], [scores[i] for i in members]
+            if self.over == "weights":
+                chosen = top(mine, count, self.threshold)
+            else:
+                chosen = self.units(part, mine, None if norms is None else [norms[i] for i in members], count)
+            for i, one in zip(members, chosen, strict=True):
+                local[i].append(one.cpu())
+        start, out = 0, list[Tensor]()
+        for c, ones in zip(candidates, local, strict=True):
+            out += [found + start for found in ones]
+            start += c.size
+        return torch.cat(out) if out else torch.zeros(0, dtype=torch.int64)
+
+    def shares(self, candidates: list[Candidate]) -> list[tuple[list[int], int]]:
+        """Groups of candidates, and what each may have: by size, the parts of the whole left over to the largest."""
+        groups: dict[object, list[int]] = {}
+        for i, c in enumerate(candidates):
+            key = {"model": "", "block": c.block or f"outside {c.name}", "tensor": i}[self.within]
+            groups.setdefault(key, []).append(i)
+        total = sum(c.size for c in candidates)
+        exact = [self.count * sum(candidates[i].size for i in g) / total for g in groups.values()]
+        counts = [int(e) for e in exact]
+        order = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in order[: self.count - sum(counts)]:
+            counts[i] += 1
+        return list(zip(groups.values(), counts, strict=True))
+
+    def units(self, candidates: list[Candidate], scores: Scores, norms: Scores | None, count: int) -> list[Tensor]:
+        """Whole units, the best first, each that still fits."""
+        keys, sizes, totals, numbers = unit_scores(candidates, scores, self.over, norms, self.mean)
+        order = totals.sort(descending=True, stable=True).indices.tolist()
+        taken, left = torch.zeros(keys, dtype=torch.bool), count
+        whole, value = sizes.tolist(), totals.tolist()
+        for unit in order:
+            if self.threshold is not None and value[unit] <= self.threshold:
+                break
+            if 0 < whole[unit] <= left:
+                taken[unit], left = True, left - whole[unit]
+        return [taken[n].nonzero().flatten() if isinstance(n, Tensor) else everything(c, bool(taken[n]))
+                for c, n in zip(candidates, numbers, strict=True)]  # fmt: skip
+
+
+def everything(candidate: Candidate, chosen: bool) -> Tensor:
+    return torch.arange(candidate.size if chosen else 0)
+
+
+def unit_scores(
+    candidates: list[Candidate], scores: Scores, over: Over, norms: Scores | None, mean: bool
+) -> tuple[int, Tensor, Tensor, list[Any]]:
+    """How many units, their sizes and scores, and for each candidate the unit of its entries: one for all, or each."""
+    known: dict[object, int] = {}
+    numbers: list[Any] = []
+    for i, c in enumerate(candidates):
+        key: object = {"rows": (c.name, c.rows), "tensors": i, "blocks": c.block or f"outside {c.name}"}[over]
+        if over == "rows":
+            first = known.setdefault(key, sum(k[1] for k in known if isinstance(k, tuple)))
+            numbers.append(first + c.row_of())
+        else:
+            numbers.append(known.setdefault(key, len(known)))
+    count = sum(k[1] for k in known if isinstance(k, tuple)) if over == "rows" else len(known)
+    sizes, totals, below = torch.zeros(count), torch.zeros(count, dtype=torch.float64), torch.zeros(count).double()
+    for i, (c, n) in enumerate(zip(candidates, numbers, strict=True)):
+        index = n if isinstance(n, Tensor) else torch.full((c.size,), n)
+        sizes.index_add_(0, index, torch.ones(c.size))
+        own = scores[i].cpu().double()
+        totals.index_add_(0, index, own.square() if norms is not None else own)
+        if norms is not None:
+            below.index_add_(0, index, norms[i].cpu().double().square())
+    if norms is not None:
+        totals = totals.sqrt() / (below.sqrt() + TINY)
+    elif mean:
+        totals = totals / sizes.clamp(min=1)
+    return count, sizes.long(), totals, numbers
+
+
+def top(scores: Scores, count: int, threshold: float | None = None) -> list[Tensor]:
+    """Indices of the `count` largest of all together, ascending in each; equal scores by their place.
+
+    The least of them is found from the largest of each tensor, so that nothing of the size of all is made.
+    """
+    count = min(count, sum(len(s) for s in scores))
+    if threshold is not None:
+        count = min(count, sum(int((s > threshold).sum()) for s in scores))
+    if not count:
+        return [torch.zeros(0, dtype=torch.int64) for _ in scores]
+    best = torch.cat([s.topk(min(count, len(s))).values.cpu() for s in scores])
+    least = best.topk(count).values[-1]
+    above = [s > least.to(s) for s in scores]
+    left = count - sum(int(a.sum()) for a in above)
+    out = []
+    for s, mask in zip(scores, above, strict=True):
+        equal = (s == least.to(s)).nonzero().flatten()[:left]
+        left -= len(equal)
+        mask[equal] = True
+        out.append(mask.nonzero().flatten())
+    return out
+
+
+# ------------------------------------------------------------------ who chooses
+class Chooser:
+    """The candidates of a method, their scores and its choice; one object for all adapters of a label."""
+
+    def __init__(self, entries: Entries, kind: str, choice: Choice, seed: int) -> None:
+        self.entries, self.kind, self.choice, self.seed = entries, kind, choice, seed
+        self.candidates: list[Candidate] = []
+        self.last: Scattered | None = None
+        self.keep = False  # whether a choice by change goes on from it, and not from the base
+
+    def drawn(self, adapter: Scattered, draw: Draw) -> None:
+        """With the last adapter, choose by what needs no data."""
+        ready = adapter is self.last and not any(p.is_meta for c in self.candidates for p in c.adapter.parameters())
+        if ready and self.kind in ("magnitude", "random") and not any(c.device.type == "meta" for c in self.candidates):
+            self.entries.index = self.entries.index[:0]  # what was there may have lost its memory
+            self.choose([])
+
+    @torch.no_grad()
+    def choose(self, found: Scores, optimizers: Iterable[Any] = ()) -> Scores:
+        """Score and choose anew; what stays chosen keeps its change. The scores, for a picture of them."""
+        values = [c.value() for c in self.candidates]
+        ratio = self.kind == "relative" and self.choice.over != "weights"
+        scores = found if ratio else measure(self.kind, values, found, self.seed)
+        self.settle(self.choice(self.candidates, scores, values if ratio else None), optimizers)
+        return measure(self.kind, values, found, self.seed) if ratio else scores
+
+    def settle(self, index: Tensor, optimizers: Iterable[Any] = (), values: Tensor | None = None) -> None:
+        if not len(index):
+            raise CalibrationError(
+                f"No entry has a score above {self.choice.threshold}, or no unit fits into {self.choice.count} entries."
+                " Lower the threshold, raise the budget, or choose over smaller units."
+            )
+        if distributed():  # equal sums may still be ordered otherwise on another device
+            held = [index]
+            dist.broadcast_object_list(held, 0)
+            index = held[0]
+        if self.entries.settled:
+            rechosen(self.entries, index, optimizers)
+        else:
+            self.entries.choose(index, None if values is None else values[index.to(values.device)])
+
+    @torch.no_grad()
+    def by_change(self) -> Scores:
+        """Scores |theta - theta_0| after a run in which every entry trained."""
+        with self.entries.still():
+            changes = [self.entries.of(number)[1].detach() for number in range(len(self.candidates))]  # type: ignore[index]
+        scores = [change.abs() for change in changes]
+        self.settle(self.choice(self.candidates, scores), values=torch.cat(changes) if self.keep else None)
+        return scores

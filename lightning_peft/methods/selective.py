@@ -1,0 +1,302 @@
+"""Selective tuning: identify what matters, select within a budget, train exactly that. Lialin, Deshpande, Rumshisky,
+Scaling Down to Scale Up, 2023 (section on selective methods). https://arxiv.org/abs/2303.15647
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_peft.callback import PEFT, LifeCycleError
+from lightning_peft.core import heat_map, state
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.budget import in_steps
+from lightning_peft.core.calibration import Run, plain_run
+from lightning_peft.core.fields import FieldError, not_negative, positive
+from lightning_peft.core.method import Scope, head_modules
+from lightning_peft.core.moved import whole_modules
+from lightning_peft.core.restart import optimizers_of
+from lightning_peft.core.scattered import Entries, Scattered, forget
+from lightning_peft.core.scores import FROM_DATA, Candidate, Choice, Chooser, Over, Scores, Within, watch
+from lightning_peft.core.sites import Site, Sites, TargetError
+from lightning_peft.methods.calibrated import quiet, step_of, training_batches
+
+log = logging.getLogger("lightning_peft")
+Score = Literal["magnitude", "gradient", "sensitivity", "fisher", "movement", "relative", "change", "random"]
+ENTRY = 8  # bytes of an entry in a file: where it is, and its change
+
+
+class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15647", mergeable=True):
+    """theta = theta_0 + m * v, m of zeros and ones: what a score finds within a budget trains, nothing else moves
+
+    v is kept as a vector of the chosen entries, from zero: the base at step 0. Its gradient, the moments of an
+    optimizer and files are of the chosen entries only, and theta_0 itself is never written to. Weight decay draws v to
+    zero, not theta. targets: modules whose own parameters are candidates, as a whole; "*" for every one but heads that
+    train. A tensor that is tied to one left out is left out.
+
+    score: "magnitude" |t|, "gradient" |g|, "sensitivity" |t g|, "movement" -t g, "relative" |g| / |t|, "fisher" the
+    mean of g^2 over `samples` single examples, "change" |t - t_0| after a share `priming` of the run (or so many steps)
+    in which every candidate trains, with `l1` times their mean |t - t_0| added to the loss, or "random". g is the mean
+    over `batches` of the training data, seen at the start of `fit` or given to `identify`; none is chosen before.
+    over: single weights, or rows (an output of a module with its bias), tensors, blocks as a whole, by the mean of
+    their scores (mean=False: the sum). select: the "top" ones, or those above a `threshold`, within the budget.
+    within: of all together, or of each block or tensor by its size. budget: a share of the candidates, a number of
+    parameters or of bytes in a file (measure); the nearest whole number, equal scores by their place; units that do
+    not fit are passed over. heads_in_budget: heads that train take their part of it.
+    every: epochs after which scores and choice are made anew; what leaves the choice goes back to the base. heat_map: a
+    picture and a table of the scores, layers by modules, go to the directory of the run, and to W&B.
+    """
+
+    targets: str | list[str] | None = "*"
+    score: Score = "sensitivity"
+    select: Literal["top", "threshold"] = "top"  # type: ignore[assignment]
+    budget: float = 0.005
+    measure: Literal["share", "parameters", "bytes"] = "share"
+    threshold: float = 0.0
+    within: Within = "model"
+    over: Over = "weights"
+    mean: bool = True
+    heads_in_budget: bool = False
+    batches: int = 8
+    samples: int = 1024
+    priming: float = 0.5
+    l1: float = 0.0
+    every: int = 0
+    heat_map: bool = True
+
+    @property
+    def scope(self) -> Scope:
+        return "nothing"  # adapters do it; `select` is a field here
+
+    def check(self) -> None:
+        positive(self, "budget", "batches", "samples", "priming")
+        not_negative(self, "l1", "every")
+        name = type(self).__name__
+        if self.measure == "share" and self.budget > 1:
+            raise FieldError(f"{name}(budget={self.budget}): expected a share up to 1, or measure='parameters'.")
+        if self.every and self.score == "change":
+            raise FieldError(f"{name}(every={self.every}): score='change' needs a run of its own for each choice.")
+        if self.l1 and self.score != "change":
+            raise FieldError(f"{name}(l1={self.l1}) is for score='change', where every candidate trains. Leave it out.")
+        if (self.over, self.within) in (("tensors", "tensor"), ("blocks", "tensor"), ("blocks", "block")):
+            raise FieldError(f"{name}(over={self.over!r}, within={self.within!r}): one unit is all there is.")
+
+    # -------------------------------------------------------------- what may train
+    def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
+        heads = head_modules(sites.model, self)
+        chosen = list(without_ties(sites.model, list(whole_modules(sites, heads))))
+        tensors = {id(p): p for _, named in chosen for p in named.values() if p.is_floating_point()}
+        if not tensors:
+            raise TargetError(
+                f"{type(self).__name__}(targets={self.targets!r}) finds no tensor: it takes modules as a whole, and no "
+                "slices of packed projections. Name modules, such as '*.attn.c_attn', or '*'."
+            )
+        own = {id(p): p.numel() for head in heads.values() for p in head.parameters()}
+        total, kind = sum(p.numel() for p in tensors.values()), self.score
+        count = self.count(total, sum(own.values()))
+        known = count if self.over == "weights" and self.select == "top" else 0
+        entries = self.entries([p.numel() for p in tensors.values()], total if kind == "change" else known)
+        entries.dense = kind == "change"
+        threshold = self.threshold if self.select == "threshold" else None
+        chooser = Chooser(entries, kind, Choice(count, self.over, self.within, threshold, self.mean), self.seed)
+        yield from placed(self, chosen, tensors, entries, chooser)
+
+    def entries(self, sizes: list[int], count: int) -> Entries:
+        """What all adapters share."""
+        entries = Entries(sizes, count)
+        entries.l1 = self.l1
+        return entries
+
+    def scatter(self, entries: Entries, names: dict[str, int], shapes: dict[str, torch.Size]) -> Scattered:
+        """The adapter at one module."""
+        return Scattered(entries, names, shapes)
+
+    def count(self, total: int, heads: int) -> int:
+        """How many entries the budget has room for."""
+        whole = total + heads if self.heads_in_budget else total
+        count = round(self.budget * whole) if self.measure == "share" else int(self.budget)
+        count = count // ENTRY if self.measure == "bytes" else count
+        count -= heads if self.heads_in_budget else 0
+        if not 0 < count <= total:
+            taken = f" beside {heads} of heads" if self.heads_in_budget else ""
+            raise TargetError(
+                f"{type(self).__name__}(budget={self.budget}, measure={self.measure!r}) leaves room for {count} of "
+                f"{total} entries{taken}. Choose another budget, or other targets."
+            )
+        return count
+
+    # -------------------------------------------------------------- identify and select
+    def chooser(self, model: nn.Module) -> Chooser:
+        """Candidates and choice of this method on a model."""
+        adapter: Any = state.get_applied(model, self.name_on_model).placements[0].adapter
+        return adapter.chooser
+
+    def identify(
+        self, model: nn.Module, batches: Iterable[Any] = (), run: Run | None = None, optimizers: Iterable[Any] = ()
+    ) -> Scores:
+        """Score by these batches and choose anew; before `fit`, or without a Trainer. The scores, flat, by candidate.
+
+        run(batch, index) -> loss; by default a LightningModule's training_step, else the model's own call. Weights,
+        gradients, buffers, modes and random numbers are what they were. optimizers: whose moments of v are to follow.
+        """
+        chooser, found = self.chooser(model), list[Tensor]()
+        if self.score in FROM_DATA:
+            samples = self.samples if self.score == "fisher" else None
+            lightning = isinstance(model, pl.LightningModule) and run is None
+            with isolate_rng():
+                if lightning:
+                    with quiet(model):  # type: ignore[arg-type]
+                        found, _ = watch(model, chooser.candidates, batches, step_of(model), samples)  # type: ignore[arg-type]
+                else:
+                    found, _ = watch(model, chooser.candidates, batches, run or plain_run(model), samples)
+        if self.score == "change":
+            return chooser.by_change()
+        return chooser.choose(found, optimizers)
+
+    # -------------------------------------------------------------- in a run
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        entries = self.chooser(pl_module).entries
+        if trainer.global_step == 0:
+            vars(self).update(_steps=0, _chosen=-1)
+        if self.score == "change" and entries.dense:
+            vars(self)["_switch"] = self.switch_at(trainer)
+        if trainer.world_size > 1 and (entries.dense or not len(entries.v)):
+            raise LifeCycleError(
+                f"{type(self).__name__} learns during fit how many entries train, which {trainer.world_size} processes "
+                "cannot follow: gradients are exchanged by sizes that are fixed before. Call identify(module, batches) "
+                "before fit, choose over='weights' with another score, or make the first part a run of one process."
+            )
+        if not entries.settled and not entries.dense:
+            self.renew(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        epoch = trainer.current_epoch
+        if self.every and epoch and epoch % self.every == 0 and vars(self).get("_chosen") != epoch:
+            vars(self)["_chosen"] = epoch
+            self.renew(trainer, pl_module)
+
+    def renew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score on training data and choose."""
+        optimizers, seen = optimizers_of(trainer.optimizers, [self.chooser(pl_module).entries.v]), copy.copy(self)
+        if self.score == "fisher":
+            seen.batches = self.samples
+        if self.score in FROM_DATA:
+            with training_batches(seen, trainer, pl_module) as given:
+                scores = self.identify(pl_module, given, optimizers=optimizers)
+        else:
+            scores = self.identify(pl_module, optimizers=optimizers)
+        self.draw_scores(trainer, pl_module, scores)
+
+    def switch_at(self, trainer: pl.Trainer) -> int:
+        """The optimizer step after which the choice is made."""
+        steps = trainer.estimated_stepping_batches
+        if self.priming < 1 and not math.isfinite(steps):
+            raise LifeCycleError(
+                f"{type(self).__name__}(priming={self.priming}) is a share of a run without an end. Give it in steps, "
+                "or the Trainer max_steps or max_epochs."
+            )
+        return max(1, in_steps(self.priming, steps))
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if optimizers_of([optimizer], [self.chooser(pl_module).entries.v]):
+            vars(self)["_steps"] = self.steps + 1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module, *rest)
+        chooser = self.chooser(pl_module)
+        if chooser.entries.dense and self.steps >= vars(self).get("_switch", math.inf):
+            scores = chooser.by_change()
+            forget(chooser.entries.parameters(), trainer.optimizers)
+            self.draw_scores(trainer, pl_module, scores)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this run so far."""
+        return vars(self).get("_steps", 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps, "chosen": vars(self).get("_chosen", -1)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        vars(self).update(_steps=state_dict["steps"], _chosen=state_dict["chosen"])
+
+    # -------------------------------------------------------------- a picture
+    def draw_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, scores: Scores) -> None:
+        """The mean score of each tensor, layers by modules: a table and a picture."""
+        chooser = self.chooser(pl_module)
+        log.info("%s: %d of %d entries train", self.name_on_model, len(chooser.entries.v), chooser.entries.total)
+        if not self.heat_map or not trainer.is_global_zero:
+            return
+        table = heat_map.table(
+            (c.block, f"{c.name}.{c.attribute}", float(s.double().sum()), c.size)
+            for c, s in zip(chooser.candidates, scores, strict=True)
+        )
+        directory = Path(trainer.log_dir or trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        picture = heat_map.svg(table, f"{self.name_on_model}: mean {self.score}")
+        (directory / f"{self.name_on_model}-scores.svg").write_text(picture)
+        (directory / f"{self.name_on_model}-scores.csv").write_text(heat_map.csv(table))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                logger.experiment.log({f"{self.name_on_model}/scores": wandb.Html(picture, inject=False)})
+
+
+def without_ties(
+    model: nn.Module, chosen: list[tuple[Site, dict[str, nn.Parameter]]]
+) -> Iterator[tuple[Site, dict[str, nn.Parameter]]]:
+    """Without tensors that a module which is not chosen holds, too: it would go on with the base's."""
+    inside = {id(m) for site, _ in chosen for m in state.base_modules(site.module) if leaf_of(site.module, m)}
+    others = [p for m in state.base_modules(model) if id(m) not in inside for p in m._parameters.values()]
+    held = {id(p) for p in others}
+    for site, named in chosen:
+        if own := {name: p for name, p in named.items() if id(p) not in held}:
+            yield site, own
+
+
+def leaf_of(module: nn.Module, other: nn.Module) -> bool:
+    """Whether an adapter at `module` moves the parameters of `other`."""
+    return other is module or isinstance(module, nn.MultiheadAttention)
+
+
+def placed(
+    method: SelectiveTuning,
+    chosen: list[tuple[Site, dict[str, nn.Parameter]]],
+    tensors: dict[int, nn.Parameter],
+    entries: Entries,
+    chooser: Chooser,
+) -> Iterator[tuple[Site, Adapter]]:
+    """An adapter for each module, all with the same entries; a tied tensor is a candidate once."""
+    numbers, seen = {key: number for number, key in enumerate(tensors)}, set[int]()
+    found = []
+    for site, named in chosen:
+        own = {name: p for name, p in named.items() if id(p) in numbers}
+        if not own:
+            continue
+        names = {name: numbers[id(p)] for name, p in own.items()}
+        adapter = method.scatter(entries, names, {name: p.shape for name, p in own.items()})
+        adapter.chooser = chooser
+        adapter.mirrors = all(id(p) in seen for p in own.values())
+        for name, p in own.items():
+            if id(p) not in seen:
+                seen.add(id(p))
+                chooser.candidates.append(Candidate(adapter, name, site.name, site.block))
+        found.append((site, adapter))
+    chooser.last = found[-1][1]
+    found[0][1].first = True
+    yield from found
