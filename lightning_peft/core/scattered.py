@@ -133,6 +133,10 @@ class Scattered(Moved):
         bias = (self.shifted(biases) if "bias" in self.names else {}).get("bias", place.bias)
         return product(args[0], place.weight, bias, *found, is_conv1d(place))  # type: ignore[arg-type]
 
+    def collapsed(self) -> dict[str, Tensor]:
+        """Index and values, once."""
+        return super().collapsed() if self.first else {}
+
     def expect(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the sizes and the choice of what is about to be loaded."""
         values, index = tensors.get("entries.v"), tensors.get("entries.index")
