@@ -109,7 +109,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"tokens": [13, 12, 4, 8]},
     "lst": {"reduction": 4},
     "selective": {"score": "random", "budget": 0.1},
-    "fish": {"score": "magnitude", "budget": 0.2, "exclude": "*embed*?"},
+    "fish": {"score": "random", "budget": 0.2, "exclude": "*embed*?"},
     "lt_sft": {},
     "diff_pruning": {"alpha": 1.0},
     "attention_fusion": {"key": 6, "embeddings": True},

@@ -102,6 +102,7 @@ RANDOM = {
     "attention_fusion",
     "lets",
     "selective",
+    "fish",
 }  # have random initial tensors
 IN_PLACE = {
     "s4",

@@ -721,3 +721,12 @@ def test_beside_another_method() -> None:
     perturb(model)
     assert set(state.applied_to(model)) == {"selective", "lora"}
     state.applied_to(model)["selective"].method.merge(model)
+
+
+def test_torchs_own_loading_takes_the_choice_with_it() -> None:
+    one, other = zoo.build("bert"), zoo.build("bert")
+    for model, seed, budget in ((one, 1, 0.1), (other, 2, 0.05)):
+        SelectiveTuning(score="random", budget=budget, seed=seed).apply(model)
+    perturb(one)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(output(other, "bert"), output(one, "bert"))

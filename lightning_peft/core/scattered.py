@@ -83,6 +83,20 @@ class Entries(nn.Module):
         self.index = index.clone()
         self.note(index)
 
+    def expect(self, index: Tensor | None, values: Tensor | None) -> None:
+        """Take the sizes and the choice of what is about to be loaded, where it fits these tensors."""
+        if values is None or index is None or values.dim() != 1 or index.dim() != 1 or self.v.is_meta:
+            return
+        fits = len(index) == len(values) and (not len(index) or int(index.max()) < self.total)
+        if fits or not len(index):
+            self.dense = not len(index) and len(values) == self.total
+            self.take(index, torch.zeros(len(values)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """By torch's own `load_state_dict`: the numbers that follow from the index follow it."""
+        self.expect(state_dict.get(f"{prefix}index"), state_dict.get(f"{prefix}v"))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def note(self, index: Tensor) -> None:
         """Where the entries of each tensor are, as numbers: what is compiled or run later looks at no value."""
         bounds = torch.tensor([*self.starts, self.total], dtype=torch.int64)
@@ -139,13 +153,7 @@ class Scattered(Moved):
 
     def expect(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the sizes and the choice of what is about to be loaded."""
-        values, index = tensors.get("entries.v"), tensors.get("entries.index")
-        if values is None or index is None or values.dim() != 1 or index.dim() != 1:
-            return
-        fits = len(index) == len(values) and (not len(index) or int(index.max()) < self.entries.total)
-        if fits or not len(index):
-            self.entries.dense = not len(index) and len(values) == self.entries.total
-            self.entries.take(index, torch.zeros(len(values)))
+        self.entries.expect(tensors.get("entries.index"), tensors.get("entries.v"))
 
 
 def scattered(theta: Tensor, index: Tensor | None, v: Tensor) -> Tensor:
