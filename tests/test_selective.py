@@ -730,3 +730,33 @@ def test_torchs_own_loading_takes_the_choice_with_it() -> None:
     perturb(one)
     other.load_state_dict(one.state_dict())
     assert torch.equal(output(other, "bert"), output(one, "bert"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_gets_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    logged: list[dict[str, Any]] = []
+    logger = WandbLogger(save_dir=tmp_path, mode="disabled")
+    monkeypatch.setattr(type(logger.experiment), "log", lambda self, data, *_, **__: logged.append(data))
+    module = boring.Boring()
+    boring.trainer(tmp_path, [SelectiveTuning(batches=1)], logger=logger, max_steps=1).fit(module, boring.data())
+    pictures = [value for data in logged for name, value in data.items() if name == "selective/scores"]
+    assert [type(p) for p in pictures] == [wandb.Html]
+    assert "<svg" in pictures[0].html
+    wandb.finish()
+
+
+def test_the_benchmark_of_memory_says_what_a_mask_saves() -> None:
+    from benchmarks import selective_memory
+
+    rows = {
+        n: selective_memory.measure(m, 1, 48, 1)
+        for n, m in selective_memory.METHODS.items()
+        if "5 %" in n or n == "full"
+    }
+    dense, sparse = rows["full"], rows["mask of 0.5 %"]
+    for what in ("gradients", "moments"):
+        assert sparse[what] < 0.0051 * dense[what]
+    assert sparse["file"] < 0.015 * dense["file"]
