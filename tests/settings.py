@@ -224,6 +224,7 @@ UNMERGEABLE: dict[tuple[str, str], type[Exception]] = {
 COLLAPSED = {
     "adamix",
     "corda",
+    "diff_pruning",
     "loftq",
     "lora_ga",
     "loreft",
@@ -238,10 +239,6 @@ COLLAPSED = {
 FROM_WEIGHTS = {"lst"}
 # which put states of their own in place of the base's: of two the outermost counts, where the blocks are all they read
 IN_PLACE_OF_STATES = {"lst"}
-COLLAPSED = {"corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "p_tuning", "pissa"}
-# whose files hold something else than the parameters: an orthonormal matrix, a plain LoRA, an average, pruned tensors
-COLLAPSED = {"adamix", "corda", "loftq", "lora_ga", "loreft", "lqlora", "olora", "pissa", "sparse_adapter"}
-COLLAPSED |= {"diff_pruning"}  # a sparse change
 # which change weights of the base for good as they go
 CHANGES_BASE = {"relora", "remora"}
 # which train over a quantised base only
