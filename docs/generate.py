@@ -1,4 +1,5 @@
-"""Writes what the docs take from the code: the table in README.md, docs/methods.md, docs/places.md, conf/peft/*.yaml, figures.
+"""Writes what the docs take from the code: the table in README.md, docs/methods.md, docs/choosing.md,
+docs/places.md, conf/peft/*.yaml, figures.
 
     python docs/generate.py
 
@@ -52,6 +53,12 @@ def with_table(text: str, table: str) -> str:
     kept = re.search(r"^\*`.*\*$", old, re.MULTILINE)
     foot = kept.group(0) if kept and table in old else footer()
     return f"{before}{START}\n{table}\n\n{foot}\n{END}{after}"
+
+
+def choosing_table() -> str:
+    """What every method declares of its costs, and what its defaults train on BERT-base."""
+    table = catalogue.markdown(catalogue.rows(bert_base(), catalogue.properties))
+    return table.replace("| trainable |", "| trains on BERT-base |", 1)
 
 
 def page() -> str:
@@ -113,6 +120,8 @@ def main() -> None:
     (ROOT / "docs" / "figures" / "architecture.svg").write_text(figure.draw())
     (ROOT / "docs" / "methods.md").write_text(page())
     places.write()
+    choosing = ROOT / "docs" / "choosing.md"
+    choosing.write_text(with_table(choosing.read_text(), choosing_table()))
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(), methods_table()))
     list(schema.write(ROOT / "conf" / "peft"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,22 +15,44 @@ from lightning_peft.core.method import REGISTRY, Method, NothingToTrainError
 from lightning_peft.core.sites import TargetError
 
 COLUMNS = ("method", "class", "family", "equation", "mergeable", "identity", "paper")
+COSTS = ("overhead", "backprop", "storage", "batched")
 PAPERS = "https://arxiv.org/abs/"
 Row = dict[str, str]
+YES = {True: "yes", False: "no"}
 
 
-def rows(model: nn.Module | None = None) -> list[Row]:
-    """One row a method, sorted by family and name; with `model`, the parameters that its defaults train there."""
+def rows(model: nn.Module | None = None, what: Callable[[type[Method]], Row] | None = None) -> list[Row]:
+    """One row a method, sorted by family and name; with `model`, the parameters that its defaults train there.
+
+    what: the cells of a row; default `row`.
+    """
     classes = sorted(REGISTRY.values(), key=lambda cls: (cls.info.family, cls.info.name))
-    return [row(cls) | ({} if model is None else {"trainable": count(cls, model)}) for cls in classes]
+    return [(what or row)(cls) | ({} if model is None else {"trainable": count(cls, model)}) for cls in classes]
 
 
 def row(cls: type[Method]) -> Row:
     """What a method says about itself."""
     info = cls.info
-    yes = {True: "yes", False: "no"}
-    cells = (info.name, cls.__name__, info.family, info.equation, yes[info.mergeable], yes[info.identity], info.paper)
+    cells = (info.name, cls.__name__, info.family, info.equation, YES[info.mergeable], YES[info.identity], info.paper)
     return dict(zip(COLUMNS, cells, strict=True))
+
+
+def costs(cls: type[Method]) -> Row:
+    """What it costs, as `core.method.Info` defines the words."""
+    info = cls.info
+    return dict(zip(COSTS, (info.overhead, YES[info.backprop], info.storage, YES[info.batched]), strict=True))
+
+
+def priced(cls: type[Method]) -> Row:
+    """`row` and `costs`."""
+    said = row(cls)
+    paper = said.pop("paper")
+    return said | costs(cls) | {"paper": paper}
+
+
+def properties(cls: type[Method]) -> Row:
+    """Name and costs."""
+    return {"method": cls.info.name, "mergeable": YES[cls.info.mergeable]} | costs(cls)
 
 
 def count(cls: type[Method], model: nn.Module) -> str:
@@ -62,19 +84,17 @@ def model_named(name: str) -> nn.Module:
 # ------------------------------------------------------------------ text
 def markdown(table: Sequence[Row]) -> str:
     """A table for a README; papers are links, equations are code."""
-    shown = [
-        {
-            **cells,
-            "method": f"`{cells['method']}`",
-            "class": f"`{cells['class']}`",
-            "equation": f"`{cells['equation']}`" if re.search(r"[=;^]", cells["equation"]) else cells["equation"],
-            "paper": f"[{cells['paper']}]({PAPERS}{cells['paper']})" if cells["paper"] else "",
-        }
-        for cells in table
-    ]
+    shown = [{name: cell(name, value) for name, value in cells.items()} for cells in table]
     names = list(shown[0])
     lines = [[*names], ["---"] * len(names), *([cells[n].replace("|", "\\|") for n in names] for cells in shown)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(name: str, value: str) -> str:
+    """A value of a column as Markdown."""
+    if name in ("method", "class") or (name == "equation" and re.search(r"[=;^]", value)):
+        return f"`{value}`"
+    return f"[{value}]({PAPERS}{value})" if name == "paper" and value else value
 
 
 def text(table: Sequence[Row]) -> str:

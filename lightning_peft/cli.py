@@ -52,6 +52,15 @@ the config.json of a model of the hub.
   lightning-peft plan experiment=qlora model=hf model.name=some/folder --fit 24GiB
   lightning-peft plan peft=ia3 --plot memory.png --json memory.json"""
 
+METHODS = """\
+All methods: family, equation, mergeable, identity at step 0, paper; and what they cost:
+
+  overhead   at inference, when what can be merged is merged: none, products (layers or scales of its own), tokens
+             (longer sequences or more keys), prompt (on the prompt alone)
+  backprop   whether the backward pass goes through the backbone, whose activations are then kept
+  storage    of a task's file: an adapter, weights of the base, the whole model
+  batched    whether rows of one batch can be of different adapters"""
+
 CHOOSE = """\
 Which method to use: candidates in order, each with its reasons, settings to begin with and where they are from, and the
 command that starts a run. Words as in `train` say the model and the data; nothing is asked, trained or downloaded but
@@ -183,13 +192,14 @@ def compare(argv: list[str]) -> None:
 
 def methods(argv: list[str]) -> None:
     """Print the registry."""
-    from_here = parser("methods", "All methods: family, equation, mergeable, identity at step 0, paper.")
+    from_here = parser("methods", METHODS)
     from_here.add_argument("--model", help="count what trains on it: a name of conf/model, of the hub, a folder")
     from_here.add_argument("--markdown", action="store_true", help="a Markdown table")
     options = from_here.parse_args(argv)
     from lightning_peft import catalogue
 
-    table = catalogue.rows(None if options.model is None else catalogue.model_named(options.model))
+    what = catalogue.row if options.markdown else catalogue.priced
+    table = catalogue.rows(None if options.model is None else catalogue.model_named(options.model), what)
     print(catalogue.markdown(table) if options.markdown else catalogue.text(table))
 
 
