@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_peft
-from lightning_peft import cli
+from lightning_peft import catalogue, cli
 from lightning_peft.choosing import ChooseError, choose, risks
 from lightning_peft.choosing.base import Base, key_of, kind_of, words_of
 from lightning_peft.choosing.candidates import Needs
@@ -365,3 +365,13 @@ def test_errors() -> None:
     with pytest.raises(ChooseError, match="cannot be quantised"):
         choose(nn.Sequential(nn.Conv2d(3, 3, 3)), quantised=True)
     assert lightning_peft.choose is choose
+
+
+def test_the_registry_shows_what_methods_cost(capsys: Any) -> None:
+    assert cli.main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[4:8] == ["overhead", "backprop", "storage", "batched"]
+    shown = {line.split()[0]: line.split()[-5:] for line in lines if line.startswith(("lst ", "full "))}
+    assert shown["lst"] == ["products", "no", "adapter", "no", "2206.06522"]
+    assert shown["full"][-4:] == ["none", "yes", "model", "no"]
+    assert list(catalogue.properties(REGISTRY["lora"]).values()) == ["lora", "yes", "none", "yes", "adapter", "yes"]

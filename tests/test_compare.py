@@ -254,7 +254,8 @@ def test_a_table_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     words = [*TASK[:-1], "logger=wandb", "logger.wandb.offline=true", "peft=lora,ia3"]
     compare(words, seeds=2, directory=tmp_path)
     (run,) = wandb_offline.read_all(tmp_path)
-    assert any(row.get("compare") or "compare" in str(row) for row in run.history)
+    (logged,) = [row["compare"] for row in run.history if "compare" in row]
+    assert (logged["nrows"], logged["ncols"]) == (2, len(COLUMNS))
     assert sys.modules["wandb"].run is None
 
 
