@@ -115,6 +115,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "attention_fusion": {"key": 6, "embeddings": True},
     "lets": {"rank": 3, "targets": "q,v,down"},
     "cross_attention": {},
+    "far": {},
+    "surgical": {"shift": "feature"},
     "s4": {"budget": 0.1},
     "spafit": {"frozen": 0, "biased": 1, "rank": 3, "targets": "q,v"},
     "unipelt": {"length": 3, "rank": 3, "bottleneck": 6},
@@ -208,6 +210,8 @@ RAISES: dict[tuple[str, str], type[Exception]] = {
     ("bapna", "mlp"): TargetError,  # no blocks
     ("pfeiffer", "mlp"): TargetError,  # no blocks
     ("top_layers", "mlp"): TargetError,  # no blocks
+    ("far", "mlp"): TargetError,  # no feed-forward layer
+    ("surgical", "mlp"): TargetError,  # no blocks
     ("s4", "mlp"): TargetError,  # no blocks
     ("spafit", "mlp"): TargetError,  # no blocks
     ("unipelt", "mlp"): TargetError,  # no attention
@@ -333,6 +337,8 @@ QUICK = {
     "attention_fusion": ("gpt2", "t5"),
     "lets": ("gpt2", "encoder"),
     "cross_attention": ("t5",),
+    "far": ("gpt2", "llama"),
+    "surgical": ("gpt2", "t5"),
     "s4": ("t5", "vit"),
     "spafit": ("gpt2", "encoder"),
     "unipelt": ("t5", "encoder"),

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import zoo
-from harness import loss, output, tensors, train
+from boring import Boring, trainer
+from boring import data as batches
+from harness import loss, output, perturb, tensors, train
 from torch import nn
 
-from lightning_peft import BitFit, CrossAttention, LNTuning, TopLayers
+from lightning_peft import FAR, BitFit, CrossAttention, LNTuning, Surgical, TopLayers, load_adapter, save_adapter
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.sites import TargetError
+from lightning_peft.methods.surgical import rgn, snr
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+]
 
 
 def trained(net: nn.Module) -> set[str]:
@@ -143,3 +154,131 @@ def test_more_top_layers_than_there_are() -> None:
         TopLayers(k=3).apply(zoo.build("bert"))
     with pytest.raises(FieldError, match="k=0"):
         TopLayers(k=0)
+
+
+# ------------------------------------------------------------------ surgical
+@pytest.mark.parametrize(
+    ("model", "fields", "blocks"),
+    [
+        ("bert", {}, ["bert.encoder.layer.0"]),
+        ("bert", {"shift": "output"}, ["bert.encoder.layer.1"]),
+        ("t5", {"shift": "feature"}, ["decoder.block.0"]),  # the third of five
+        ("t5", {"shift": "output"}, ["decoder.block.2"]),
+        ("gpt2", {"layers": [1]}, ["transformer.h.1"]),
+    ],
+)
+def test_the_shift_says_which_block(model: str, fields: dict[str, Any], blocks: list[str]) -> None:
+    net = Surgical(**fields, heads=None).apply(zoo.build(model))
+    wanted = {name for name, _ in net.named_parameters() if name.startswith(tuple(f"{block}." for block in blocks))}
+    assert trained(net) == wanted
+    whole = Surgical(shift="all").apply(zoo.build(model))
+    assert trained(whole) == {name for name, _ in whole.named_parameters()}
+
+
+def test_relative_gradient_norms_and_signal_to_noise() -> None:
+    weights = [torch.tensor([3.0, 4.0]), torch.zeros(2), torch.tensor([1.0, 0.0])]
+    grads = [torch.tensor([[0.0, 1.0], [0.0, 3.0]]), torch.ones(2, 2), torch.tensor([[0.6, 0.8], [0.6, 0.8]])]
+    assert rgn(weights, grads) == pytest.approx([0.4, 1.0, 1.0])  # 2 / 5 and 1; a tensor of zeros learns at lr
+    assert rgn(weights[1:2], grads[1:2]) == [1.0]
+    ratios = [(2**2 / (2 + 1e-8) + 0) / 2, 1 / 1e-8, (0.36 + 0.64) / 2 / 1e-8]
+    assert snr(grads, 0.95) == [float(r / max(ratios) >= 0.95) for r in ratios] == [0.0, 1.0, 0.0]
+    assert snr(grads, 0.4) == [0.0, 1.0, 1.0]
+    with pytest.raises(FieldError, match="2 batches at least"):
+        Surgical(rate="snr", batches=1)
+
+
+@pytest.mark.parametrize("rate", ["rgn", "snr"])
+def test_each_tensor_learns_at_its_own_rate(rate: Any, tmp_path: Path) -> None:
+    """One epoch in a Trainer is AdamW with a group a tensor; the scoring changes nothing else."""
+    method = Surgical(shift="input", rate=rate, batches=2, heads=None)
+    module, data = Boring(dropout=0.0), batches(shuffle=False)
+    trainer(tmp_path, [method]).fit(module, data)
+    rates = vars(method)["_rates"]
+    assert set(rates) == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert max(rates.values()) == 1
+    other = Boring(dropout=0.0)
+    Surgical(shift="input", heads=None).apply(other)
+    named = state.trainable(other)
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": 1e-2 * rates[name]} for name, p in named.items()])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.5)
+    other.train()
+    for index, batch in enumerate(data):
+        optimizer.zero_grad()
+        other.training_step(batch, index).backward()
+        optimizer.step()
+        scheduler.step()
+    for name, p in named.items():
+        if "key.bias" not in name:  # softmax does not see them, and Adam makes steps of their rounding
+            torch.testing.assert_close(dict(module.named_parameters())[name], p, atol=1e-5, rtol=1e-5)
+
+
+def test_rates_are_taken_anew_every_epoch_and_go_into_checkpoints(tmp_path: Path) -> None:
+    method, module = Surgical(rate="rgn", batches=1), Boring(dropout=0.0)
+    trainer(tmp_path, [method], max_epochs=2).fit(module, batches())
+    entry = method.state_dict()
+    assert entry["rated"] == 1
+    again = Surgical(rate="rgn", batches=1)
+    again.apply(Boring(dropout=0.0))
+    again.load_state_dict({k: v for k, v in entry.items() if k != "rng"})
+    assert vars(again)["_rates"] == entry["rates"]
+    assert all(0 <= r <= 1 for r in entry["rates"].values())
+
+
+# ------------------------------------------------------------------ FAR
+NODES = {  # where the nodes of a layer are: (parameter, axis)
+    "bert": [("intermediate.dense.weight", 0), ("intermediate.dense.bias", 0), ("1.output.dense.weight", 1)],
+    "gpt2": [("c_fc.weight", 1), ("c_fc.bias", 0), ("mlp.c_proj.weight", 0)],
+    "llama": [("gate_proj.weight", 0), ("up_proj.weight", 0), ("down_proj.weight", 1)],
+    "phi3": [("gate_up_proj.weight", 0), ("down_proj.weight", 1)],
+}
+
+
+def lines(net: nn.Module, model: str) -> list[torch.Tensor]:
+    """(nodes, ...) for each parameter of the last feed-forward layer; packed gate and up are two."""
+    found = []
+    for end, dim in NODES[model]:
+        p = [p for name, p in net.named_parameters() if name.endswith(end)][-1].detach().movedim(dim, 0)
+        found += list(p.chunk(2)) if "gate_up" in end else [p]
+    return [p.flatten(1) if p.dim() > 1 else p[:, None] for p in found]
+
+
+@pytest.mark.parametrize("model", NODES)
+def test_far_keeps_the_nodes_that_moved_most_and_puts_the_others_back(model: str) -> None:
+    method, base = FAR(keep=0.25, heads=None), zoo.build(model)
+    net = method.apply(zoo.build(model))
+    perturb(net)
+    moved = torch.cat(lines(net, model), 1).double() - torch.cat(lines(base, model), 1).double()
+    count = len(moved) // 4
+    wanted = sorted(moved.abs().sum(1).topk(count).indices.tolist())
+    method.choose(net)
+    assert list(method.learners.values())[-1] == wanted
+    rest = [i for i in range(len(moved)) if i not in wanted]
+    train(net, model)  # AdamW with weight decay
+    for now, before in zip(lines(net, model), lines(base, model), strict=True):
+        assert torch.equal(now[rest], before[rest])
+        assert not (now[wanted] == before[wanted]).all(1).any()
+    counts = sum(p.shape[1] for p in lines(net, model))
+    assert state.describe(net)["trainable"] == 2 * count * counts
+
+
+def test_far_in_a_fit_and_in_a_file(tmp_path: Path) -> None:
+    method, module = FAR(keep=0.5, prime=2), Boring(dropout=0.0)
+    base = zoo.build("bert")
+    trainer(tmp_path, [method]).fit(module, batches())
+    nodes = list(method.learners.values())[-1]
+    assert len(nodes) == 32
+    rest = [i for i in range(64) if i not in nodes]
+    for now, before in zip(lines(module.net, "bert"), lines(base, "bert"), strict=True):
+        assert torch.equal(now[rest], before[rest])
+        assert not torch.equal(now[nodes], before[nodes])
+    save_adapter(module.net, tmp_path / "far")
+    fresh = zoo.build("bert")
+    assert load_adapter(fresh, tmp_path / "far").learners == method.learners  # type: ignore[attr-defined]
+    assert torch.equal(output(fresh, "bert"), output(module.net.eval(), "bert"))
+    again = FAR(keep=0.5, prime=2)
+    other = Boring(dropout=0.0)
+    trainer(tmp_path, [again], fast_dev_run=True).fit(other, batches())
+    again.go_on(method.config())
+    assert [int(mask.sum()) for _, mask in state.masked(other)] == [int(mask.sum()) for _, mask in state.masked(module)]
+    with pytest.raises(FieldError, match="keep=2"):
+        FAR(keep=2.0)

@@ -105,6 +105,8 @@ RANDOM = {
     "fish",
 }  # have random initial tensors
 IN_PLACE = {
+    "far",
+    "surgical",
     "s4",
     "spafit",
     "bitfit",

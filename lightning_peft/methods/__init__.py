@@ -21,6 +21,7 @@ from lightning_peft.methods.dvora import DVoRA
 from lightning_peft.methods.ends import InputAdapter, OutputAdapter
 from lightning_peft.methods.eva import EVA
 from lightning_peft.methods.fish import FishMask
+from lightning_peft.methods.far import FAR
 from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.glora import GLoRA
@@ -78,6 +79,7 @@ from lightning_peft.methods.shira import SHiRA
 from lightning_peft.methods.spafit import SPAFIT
 from lightning_peft.methods.sparse_adapter import SparseAdapter
 from lightning_peft.methods.ssf import SSF
+from lightning_peft.methods.surgical import Surgical
 from lightning_peft.methods.tied_lora import TiedLoRA
 from lightning_peft.methods.top_layers import TopLayers
 from lightning_peft.methods.trainable_tokens import TrainableTokens
@@ -110,6 +112,7 @@ __all__ = [
     "DoRA",
     "EVA",
     "FishMask",
+    "FAR",
     "FourierFT",
     "FullFineTuning",
     "GLoRA",
@@ -171,6 +174,7 @@ __all__ = [
     "SSF",
     "SelectiveTuning",
     "SparseAdapter",
+    "Surgical",
     "TiedLoRA",
     "TopLayers",
     "TrainableTokens",

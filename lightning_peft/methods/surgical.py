@@ -1,0 +1,126 @@
+"""Surgical Fine-Tuning Improves Adaptation to Distribution Shifts. Lee et al., ICLR 2023.
+https://arxiv.org/abs/2210.11466
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.callback import PEFT
+from lightning_peft.core import state
+from lightning_peft.core.fields import FieldError, positive
+from lightning_peft.core.sites import Site, sites
+from lightning_peft.methods.calibrated import quiet, step_of, training_batches
+
+EPS = 1e-8
+
+
+class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", mergeable=True):
+    """train one block: the first for shifted inputs, a middle one for shifted features, the last for shifted outputs
+
+    All in place, the base at step 0; an encoder-decoder counts the encoder's blocks first. `layers` names other blocks,
+    shift="all" is the whole model, for the automatic rates.
+
+    rate: "rgn" (Auto-RGN): each tensor learns at lr ||g|| / ||w||, the mean over `batches` of the training data,
+    divided by the largest; a tensor of zeros, which has no such number, at lr. "snr" (Auto-SNR): at lr where the mean
+    over entries of mean(g)^2 / Var(g) is `threshold` of the largest or more, else not at all; the variance is over
+    batches, as in the paper (over the first axis of g in the authors' code). Both are taken in eval mode at the start
+    of every epoch. Batch norms stay as they are then. The rate scales what the optimizer does, its weight decay
+    included. fresh: with the optimizer's state of these tensors forgotten each epoch. Source: section 3, appendix B.
+    """
+
+    unused = ("targets",)
+
+    shift: Literal["input", "feature", "output", "all"] = "input"
+    rate: Literal["same", "rgn", "snr"] = "same"
+    batches: int = 5
+    threshold: float = 0.95
+    fresh: bool = True
+
+    def check(self) -> None:
+        positive(self, "batches", "threshold")
+        if self.rate == "snr" and self.batches < 2:
+            raise FieldError(f"Surgical(rate='snr', batches={self.batches}): a variance needs 2 batches at least.")
+
+    def asked(self, model: nn.Module) -> list[Site] | None:
+        if self.shift == "all":
+            return None
+        found = sites(model, "block", layers=self.layers, exclude=self.exclude, roles=self.roles)
+        index = {"input": 0, "feature": len(found) // 2, "output": -1}[self.shift]
+        return list(found) if self.layers is not None else [found[index]]
+
+    def select(self, name: str, parameter: nn.Parameter) -> bool:
+        return parameter.is_floating_point()
+
+    # -------------------------------------------------------------- rates
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self.rate == "same" or vars(self).get("_rated") == trainer.current_epoch:
+            return
+        named = state.trainable(pl_module)
+        flags = [(module, module.training) for module in pl_module.modules()]
+        try:
+            with quiet(pl_module), training_batches(self, trainer, pl_module) as given:
+                pl_module.eval()
+                run = step_of(pl_module)
+                losses = (run(batch, index) for index, batch in enumerate(given))
+                rates = self.rates(list(named.values()), (loss for loss in losses if loss is not None))
+        finally:
+            for module, training in flags:
+                module.training = training
+        batch_norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        normed = {id(p) for m in batch_norms for p in m.parameters()}
+        found = {n: 0.0 if id(p) in normed else r for (n, p), r in zip(named.items(), rates, strict=True)}
+        vars(self).update(_rates=found, _rated=trainer.current_epoch)
+        for optimizer in trainer.optimizers if self.fresh else []:
+            for p in named.values():
+                optimizer.state.pop(p, None)
+
+    def rates(self, parameters: Sequence[nn.Parameter], losses: Iterable[Tensor]) -> list[float]:
+        """A factor for each tensor, from the gradients of each loss; neither values nor .grad change."""
+        seen = []
+        for loss in losses:
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            seen.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
+        each = [torch.stack(grads).double() for grads in zip(*seen, strict=True)]
+        return rgn(parameters, each) if self.rate == "rgn" else snr(each, self.threshold)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        rates = vars(self).get("_rates", {})
+        slow = {n: p for n, p in state.trainable(pl_module).items() if rates.get(n, 1.0) != 1.0} if rates else {}
+        vars(self)["_before"] = [(p, p.detach().clone(), rates[n]) for n, p in slow.items()]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        for p, before, rate in vars(self).pop("_before", []):
+            p.copy_(before + rate * (p - before))
+        super().on_train_batch_end(trainer, pl_module, *args)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rates": vars(self).get("_rates", {}), "rated": vars(self).get("_rated")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        vars(self).update(_rates=state_dict.get("rates", {}), _rated=state_dict.get("rated"))
+
+
+def rgn(parameters: Sequence[Tensor], each: Sequence[Tensor]) -> list[float]:
+    """Mean over batches of ||g|| / ||w||, by the largest; each: (batches, *shape) of every tensor."""
+    norms = [float(p.detach().double().norm()) for p in parameters]
+    means = [float(g.flatten(1).norm(dim=1).mean()) for g in each]
+    found = [mean / norm if norm else None for mean, norm in zip(means, norms, strict=True)]
+    largest = max((r for r in found if r is not None), default=0.0) or 1.0
+    return [1.0 if r is None else r / largest for r in found]
+
+
+def snr(each: Sequence[Tensor], threshold: float) -> list[float]:
+    """1 where the signal to noise, by the largest, reaches the threshold, else 0."""
+    found = [float((g.mean(0) ** 2 / (g.var(0) + EPS)).mean()) for g in each]
+    largest = max(found, default=0.0) or 1.0
+    return [float(r / largest >= threshold) for r in found]
