@@ -40,7 +40,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 def fitting(name: str) -> tuple[str, nn.Module]:
     """The first model of the zoo that the method is meant for."""
-    model = "vit" if name == "vpt" else "bert"
+    model = {"vpt": "vit", "cross_attention": "t5"}.get(name, "bert")
     return model, zoo.build(model)
 
 

@@ -20,8 +20,8 @@ from lightning_peft.methods.dora import DoRA
 from lightning_peft.methods.dvora import DVoRA
 from lightning_peft.methods.ends import InputAdapter, OutputAdapter
 from lightning_peft.methods.eva import EVA
-from lightning_peft.methods.fish import FishMask
 from lightning_peft.methods.far import FAR
+from lightning_peft.methods.fish import FishMask
 from lightning_peft.methods.fourierft import FourierFT
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.glora import GLoRA
@@ -111,8 +111,8 @@ __all__ = [
     "DiffPruning",
     "DoRA",
     "EVA",
-    "FishMask",
     "FAR",
+    "FishMask",
     "FourierFT",
     "FullFineTuning",
     "GLoRA",

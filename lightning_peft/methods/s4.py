@@ -23,7 +23,7 @@ NAMES = ("adapter", "lora", "prefix", "bitfit")
 ASSIGNMENT = ("adapter,lora", "adapter,prefix", "adapter,prefix,bitfit", "prefix,bitfit,lora")
 
 
-class S4(PEFT, name="s4", family="hybrid", paper="2301.01821", identity=False):
+class S4(PEFT, name="s4", family="hybrid", paper="2301.01821", identity=False, overhead="tokens"):
     """groups of blocks, few at the ends and many in the middle: {A, L}, {A, P}, {A, P, B}, {P, B, L}
 
     A: Pfeiffer adapter, L: LoRA at queries and values, P: prefix, B: BitFit. Each block gets the same share of `budget`

@@ -188,7 +188,7 @@ class GatedLowRank(Read):
         return y + F.linear(z, self.b.to(x.dtype)).to(y.dtype)
 
 
-class UniPELT(PEFT, name="unipelt", family="hybrid", paper="2110.07577", identity=False):
+class UniPELT(PEFT, name="unipelt", family="hybrid", paper="2110.07577", identity=False, overhead="tokens"):
     """W x + g B A x, [g P_K; K], [g P_V; V], h + g D(h), each g = mean over tokens of sigmoid(w u + b)
 
     LoRA at queries and values (the gate in place of alpha / rank), a prefix in every attention layer and a Pfeiffer
