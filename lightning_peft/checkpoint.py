@@ -127,6 +127,7 @@ FREE = {
     "exclude",
     "roles",
     "restarts",
+    "learners",
 }
 
 

@@ -20,6 +20,8 @@ from lightning_peft.core.sites import TargetError
 from lightning_peft.methods.surgical import rgn, snr
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
 ]
@@ -282,3 +284,18 @@ def test_far_in_a_fit_and_in_a_file(tmp_path: Path) -> None:
     assert [int(mask.sum()) for _, mask in state.masked(other)] == [int(mask.sum()) for _, mask in state.masked(module)]
     with pytest.raises(FieldError, match="keep=2"):
         FAR(keep=2.0)
+
+
+def test_far_goes_on_from_a_checkpoint_with_the_learners_it_had(tmp_path: Path) -> None:
+    method, module = FAR(keep=0.5, prime=2), Boring(dropout=0.0)
+    first = trainer(tmp_path, [method], max_steps=4, max_epochs=-1)
+    first.fit(module, batches(shuffle=False))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    again, other = FAR(keep=0.5, prime=2), Boring(dropout=0.0)
+    trainer(tmp_path, [again], max_steps=6, max_epochs=-1).fit(
+        other, batches(shuffle=False), ckpt_path=tmp_path / "half.ckpt"
+    )
+    assert again.learners == method.learners
+    rest = [i for i in range(64) if i not in list(again.learners.values())[-1]]
+    for now, before in zip(lines(other.net, "bert"), lines(zoo.build("bert"), "bert"), strict=True):
+        assert torch.equal(now[rest], before[rest])
