@@ -71,7 +71,15 @@ from lightning_peft.core.sites import TargetError
 from lightning_peft.precision import NF4Precision, Report, dequantise, footprint, quantisation, quantise
 
 TARGETS: dict[str, list[str]] = {"mlp": ["body.2", "mlp", "lora"]}  # no table knows the names of the plain module
-IN_CODES = {"full", "relora", "remora"}  # would change the quantised weights themselves
+IN_CODES = {  # would change the quantised weights themselves
+    "cross_attention",
+    "far",
+    "full",
+    "relora",
+    "remora",
+    "surgical",
+    "top_layers",
+}
 BACKENDS = ("torch", "bitsandbytes")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}  # of a product, relative to its norm
