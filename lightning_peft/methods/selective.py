@@ -239,13 +239,13 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         """The mean score of each tensor, layers by modules: a table and a picture."""
         chooser = self.chooser(pl_module)
         log.info("%s: %d of %d entries train", self.name_on_model, len(chooser.entries.v), chooser.entries.total)
+        directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if not self.heat_map or not trainer.is_global_zero:
             return
         table = heat_map.table(
             (c.block, f"{c.name}.{c.attribute}", float(s.double().sum()), c.size)
             for c, s in zip(chooser.candidates, scores, strict=True)
         )
-        directory = Path(trainer.log_dir or trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
         picture = heat_map.svg(table, f"{self.name_on_model}: mean {self.score}")
         (directory / f"{self.name_on_model}-scores.svg").write_text(picture)
