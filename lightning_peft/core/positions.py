@@ -43,13 +43,17 @@ class Positions(Adapter):
                 "position_ids start again inside a row and there is no mask: several texts are packed into one, and "
                 "the first and last tokens of each are unknown. Give every text a row of its own."
             )
-        self.prompt = None if self.generating else prompt_mask(call, self.answers)
+        self.prompt = None if self.generating else self.read(call)
         self.running = True
         self.recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         try:
             return base(*args, **kwargs)
         finally:
             self.running = False
+
+    def read(self, call: dict[str, Any]) -> Tensor | None:
+        """What a call says about its tokens: (batch, time) or None."""
+        return prompt_mask(call, self.answers)
 
     def mask(self, given: Tensor, first: int, last: int) -> Masks | None:
         """(batch, time) masks of the first `first` and the last `last` prompt tokens; None where nothing is edited.
@@ -94,6 +98,11 @@ class RealTokens(Positions):
         super().__init__(owner, answers=False)
         self.outer: Any
         vars(self)["outer"] = outer  # it is registered where it listens
+
+    def read(self, call: dict[str, Any]) -> Tensor | None:
+        """Masks of pairs are left to an outer module, which sees them as they were given."""
+        masks = (call.get(name) for name in MASKS)
+        return None if any(isinstance(m, Tensor) and m.dim() > 2 for m in masks) else super().read(call)
 
     def chosen(self, prompt: Tensor | None, given: Tensor, first: int, last: int) -> Masks:
         outer = self.outer

@@ -171,6 +171,11 @@ def matrix(place: nn.Module, weight: Tensor) -> Tensor:
     return weight.flatten(1) if is_convolution(place) else weight.reshape(-1, weight.shape[-1])
 
 
+def transposed(module: nn.Module) -> bool:
+    """Whether its weight is (in, out), as Hugging Face's Conv1D keeps it."""
+    return is_conv1d(module)
+
+
 def base_weight(place: nn.Module) -> Tensor:
     """The weight (d_out, d_in) that the place has at this moment, without a gradient; dequantised if it is in codes."""
     if foreign(place):

@@ -83,6 +83,12 @@ class Entries(nn.Module):
         self.index = index.clone()
         self.note(index)
 
+    def spread(self) -> None:
+        """As if the same share of every tensor were chosen: what sizes and plans need of a model without numbers."""
+        count = len(self.v)
+        self.index = self.index.new_empty(count, device="meta")
+        self.cuts = [0, *(count * end // self.total for end in self.ends)]
+
     def expect(self, index: Tensor | None, values: Tensor | None) -> None:
         """Take the sizes and the choice of what is about to be loaded, where it fits these tensors."""
         if values is None or index is None or values.dim() != 1 or index.dim() != 1 or self.v.is_meta:

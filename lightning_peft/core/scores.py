@@ -349,7 +349,9 @@ class Chooser:
         self.keep = False  # whether a choice by change goes on from it, and not from the base
 
     def drawn(self, adapter: Scattered, draw: Draw) -> None:
-        """With the last adapter, choose by what needs no data."""
+        """With the last adapter, choose by what needs no data; on meta, entries of all tensors stand for the choice."""
+        if adapter is self.last and self.entries.v.is_meta and not self.entries.dense:
+            self.entries.spread()
         ready = adapter is self.last and not any(p.is_meta for c in self.candidates for p in c.adapter.parameters())
         if ready and self.kind in ("magnitude", "random") and not any(c.device.type == "meta" for c in self.candidates):
             self.entries.index = self.entries.index[:0]  # what was there may have lost its memory

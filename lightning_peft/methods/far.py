@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT, leader
 from lightning_peft.core import state
-from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.budget import in_steps
 from lightning_peft.core.fields import FieldError, positive
+from lightning_peft.core.projection import transposed
 from lightning_peft.core.sites import Site, sites
 
 
@@ -124,8 +124,8 @@ def width(site: Site) -> int:
 def axis(site: Site, name: str, dims: int) -> int | None:
     """The axis of the nodes in a parameter of the site; None for the bias after the layer, which has none."""
     if site.role == "down":
-        return None if dims == 1 else (0 if is_conv1d(site.module) else 1)
-    return 0 if dims == 1 or not is_conv1d(site.module) else 1
+        return None if dims == 1 else (0 if transposed(site.module) else 1)
+    return 0 if dims == 1 or not transposed(site.module) else 1
 
 
 def node_mask(site: Site, name: str, shape: Any, nodes: list[int]) -> Tensor:

@@ -80,7 +80,11 @@ class Around(EditedBlock):
     def __init__(self, positions: RealTokens | None, per_token: bool, time_first: bool) -> None:
         super().__init__(positions, 0, 0, [], time_first=time_first)  # type: ignore[arg-type]
         self.per_token = per_token
+        self.asked = True  # by the gates
         self.after: GatedDown | None = None
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Masks | None:
+        return None if self.positions is None else super().of(args, kwargs)
 
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.positions is not None:
