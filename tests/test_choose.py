@@ -330,6 +330,12 @@ def test_the_command_prints_a_command_that_composes(here: Any, capsys: Any) -> N
         assert build(config.peft).info.name == candidate["method"]
 
 
+def test_a_list_of_methods_is_looked_at_one_by_one(here: Any, capsys: Any) -> None:
+    rank = ["peft.dora.rank=256", "peft.dora.alpha=512"]
+    assert cli.main(["choose", "model=tiny_bert", "peft=[bitfit,dora]", *rank, "optimizer.lr=0.01", "--top", "1"]) == 0
+    assert capsys.readouterr().out.count("risky: rank=256") == 1
+
+
 def test_the_command_as_json_alone_with_memory_and_codes(here: Any, capsys: Any) -> None:
     argv = ["choose", "model=tiny_llama", "data=instructions", "--quantised", "--memory", "2GB", "--device", "cpu"]
     assert cli.main([*argv, "--top", "1", "--json", "-"]) == 0

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.checks import methods_of
 from lightning_peft.choosing.candidates import Chosen
 from lightning_peft.choosing.choice import choose
 from lightning_peft.choosing.risks import risks
@@ -65,7 +66,8 @@ def own_risks(config: Any, words: list[str], examples: int | None) -> list[str]:
     """Risks of the method and the rate that the user's own words set."""
     if config.get("peft") is None or not any(word.startswith(("peft", "optimizer")) for word in words):
         return []
-    return risks(build(config.peft), config.optimizer.get("lr"), examples)
+    methods = [build(node) for node in methods_of(config).values()]
+    return [line for method in methods for line in risks(method, config.optimizer.get("lr"), examples)]
 
 
 def show(chosen: Chosen, file: str | None) -> None:
