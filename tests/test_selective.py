@@ -157,6 +157,23 @@ def test_looking_changes_nothing() -> None:
     assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]
 
 
+def test_looking_leaves_the_tensors_that_buffers_are() -> None:
+    model = net()
+    model.register_buffer("seen", None)
+    mean = model.norm.running_mean
+    method = SelectiveTuning(budget=0.1, heads=None)
+    method.apply(model)
+
+    def run(batch: Any, index: int) -> Tensor:
+        model.seen, model.norm.running_mean = batch[0], model.norm.running_mean + 1  # type: ignore[operator, assignment]
+        return model(*batch)
+
+    method.identify(model, batches(), run)
+    assert model.norm.running_mean is mean
+    assert not mean.any()  # type: ignore[union-attr, operator]
+    assert model.seen is None
+
+
 # ------------------------------------------------------------------ choices
 def test_the_largest_with_ties_by_place() -> None:
     found = top([torch.tensor([1.0, 3.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])], 4)

@@ -114,6 +114,7 @@ def random(seed: int, number: int, like: Tensor) -> Tensor:
 def untouched(model: nn.Module, candidates: Iterable[Candidate]) -> Iterator[list[Tensor]]:
     """Eval mode, and a tensor to differentiate by for each candidate; modes, flags, buffers come back as they were."""
     modes = {module: module.training for module in model.modules()}
+    held = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     probed = []
@@ -135,6 +136,8 @@ def untouched(model: nn.Module, candidates: Iterable[Candidate]) -> Iterator[lis
             module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
+        for m, name, held_before in held:  # a module may have put another tensor there
+            m._buffers[name] = held_before
         with torch.no_grad():
             for b, before in buffers:
                 if not torch.equal(b, before):
