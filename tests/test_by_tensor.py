@@ -13,7 +13,17 @@ from boring import data as batches
 from harness import loss, output, perturb, tensors, train
 from torch import nn
 
-from lightning_peft import FAR, BitFit, CrossAttention, LNTuning, Surgical, TopLayers, load_adapter, save_adapter
+from lightning_peft import (
+    FAR,
+    BitFit,
+    CrossAttention,
+    LNTuning,
+    LoRA,
+    Surgical,
+    TopLayers,
+    load_adapter,
+    save_adapter,
+)
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.sites import TargetError
@@ -242,6 +252,21 @@ def lines(net: nn.Module, model: str) -> list[torch.Tensor]:
         p = [p for name, p in net.named_parameters() if name.endswith(end)][-1].detach().movedim(dim, 0)
         found += list(p.chunk(2)) if "gate_up" in end else [p]
     return [p.flatten(1) if p.dim() > 1 else p[:, None] for p in found]
+
+
+def test_a_second_run_is_rated_by_its_own_gradients(tmp_path: Path) -> None:
+    method, module = Surgical(rate="rgn", batches=1), Boring(dropout=0.0)
+    trainer(tmp_path, [method], max_epochs=1).fit(module, batches())
+    before = dict(vars(method)["_rates"])
+    trainer(tmp_path, [method], max_epochs=1).fit(module, batches())
+    assert before != vars(method)["_rates"]
+
+
+def test_rates_are_not_for_the_method_beside_it(tmp_path: Path) -> None:
+    method, module = Surgical(rate="rgn", batches=1), Boring(dropout=0.0)
+    trainer(tmp_path, [LoRA(rank=2, targets="q"), method], max_epochs=1).fit(module, batches())
+    assert vars(method)["_rates"]
+    assert not [name for name in vars(method)["_rates"] if ".adapters." in name]
 
 
 @pytest.mark.parametrize("model", NODES)

@@ -58,11 +58,21 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
         return parameter.is_floating_point()
 
     # -------------------------------------------------------------- rates
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step == 0:
+            vars(self).update(_rates={}, _rated=None)  # of a run before
+
+    def own(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """What this method trains, by name: those of a method beside it learn at their own rate."""
+        chosen = {id(s.parameter) for s in state.get_applied(model, self.name_on_model).selected}
+        return {name: p for name, p in state.trainable(model).items() if id(p) in chosen}
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         if self.rate == "same" or vars(self).get("_rated") == trainer.current_epoch:
             return
-        named = state.trainable(pl_module)
+        named = self.own(pl_module)
         flags = [(module, module.training) for module in pl_module.modules()]
         try:
             with quiet(pl_module), training_batches(self, trainer, pl_module) as given:
@@ -93,7 +103,7 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         rates = vars(self).get("_rates", {})
-        slow = {n: p for n, p in state.trainable(pl_module).items() if rates.get(n, 1.0) != 1.0} if rates else {}
+        slow = {n: p for n, p in self.own(pl_module).items() if rates.get(n, 1.0) != 1.0} if rates else {}
         vars(self)["_before"] = [(p, p.detach().clone(), rates[n]) for n, p in slow.items()]
 
     @torch.no_grad()
