@@ -324,3 +324,24 @@ def test_far_goes_on_from_a_checkpoint_with_the_learners_it_had(tmp_path: Path) 
     rest = [i for i in range(64) if i not in list(again.learners.values())[-1]]
     for now, before in zip(lines(other.net, "bert"), lines(zoo.build("bert"), "bert"), strict=True):
         assert torch.equal(now[rest], before[rest])
+
+
+def test_far_primes_anew_on_another_model(tmp_path: Path) -> None:
+    method = FAR(keep=0.5, prime=2)
+    trainer(tmp_path, [method], max_steps=4).fit(Boring(dropout=0.0), batches())
+    first = method.learners
+    other = Boring(dropout=0.0)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(-1.5)
+    trainer(tmp_path, [method], max_steps=1).fit(other, batches())
+    assert first
+    assert method.learners == {}  # the priming of two steps is not over
+
+
+def test_far_trains_learners_that_were_given(tmp_path: Path) -> None:
+    nodes = {"encoder.0": [1, 2]}
+    method, module = FAR(learners=dict(nodes)), Boring(dropout=0.0)
+    trainer(tmp_path, [method], max_steps=1).fit(module, batches())
+    assert method.learners == nodes
+    assert sum(int(mask.sum()) for _, mask in state.masked(module)) == 2 * (2 * 32 + 1)

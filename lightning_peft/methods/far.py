@@ -44,6 +44,11 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
         if self.keep > 1:
             raise FieldError(f"FAR(keep={self.keep}): expected the share of nodes that learn, at most 1.")
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and vars(self).get("_primed") and self.name_on_model not in state.applied_to(pl_module):
+            vars(self)["_primed"], self.learners = False, {}  # those of another model
+        super().setup(trainer, pl_module, stage)
+
     def asked(self, model: nn.Module) -> Iterator[Site]:
         for site in self.found(model):
             vars(self)["_site"] = site  # of the questions that follow
@@ -77,6 +82,7 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
             block: sorted(score.argsort(descending=True, stable=True)[: round(self.keep * len(score))].tolist())
             for block, score in scores.items()
         }
+        vars(self)["_primed"] = True
         self.settle(model)
 
     @torch.no_grad()
