@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,3 +144,14 @@ def test_the_recipe_of_the_contributing_guide_works(tmp_path: Path, monkeypatch:
         assert {n.split(".adapters.")[1] for n, p in net.named_parameters() if ".adapters." in n} == {"shift.b"}
     finally:
         REGISTRY.pop("shift", None)
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    """setuptools is told by name; tomllib is younger than the oldest Python here."""
+    listed = set(
+        re.findall(r'^  "(lightning_peft[\w.]*)",$', (ROOT.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    )
+    code = {"lightning_peft" + ".".join(["", *p.parent.relative_to(ROOT).parts]) for p in ROOT.rglob("*.py")}
+    groups = ROOT.parent / "conf"
+    conf = {".".join(["lightning_peft", "conf", *p.parent.relative_to(groups).parts]) for p in groups.rglob("*.yaml")}
+    assert code | conf == listed
