@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_peft import (
     FAR,
+    LTSFT,
     BitFit,
     CrossAttention,
     LNTuning,
@@ -24,6 +25,7 @@ from lightning_peft import (
     load_adapter,
     save_adapter,
 )
+from lightning_peft.callback import LifeCycleError
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.sites import TargetError
@@ -345,3 +347,12 @@ def test_far_trains_learners_that_were_given(tmp_path: Path) -> None:
     trainer(tmp_path, [method], max_steps=1).fit(module, batches())
     assert method.learners == nodes
     assert sum(int(mask.sum()) for _, mask in state.masked(module)) == 2 * (2 * 32 + 1)
+
+
+@pytest.mark.parametrize("method", [FAR(prime=9), LTSFT(priming=9)])
+def test_a_priming_without_an_end_is_said(method: Any, tmp_path: Path, caplog: Any) -> None:
+    trainer(tmp_path, [method], max_steps=2).fit(Boring(dropout=0.0), batches())
+    assert "the run ends after 2 steps, and nothing is chosen" in caplog.text
+    endless = trainer(tmp_path, [FAR(prime=0.5)], max_steps=-1, max_epochs=-1)
+    with pytest.raises(LifeCycleError, match="share of a run without an end"):
+        endless.fit(Boring(dropout=0.0), batches())

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT, leader
 from lightning_peft.core import state
-from lightning_peft.core.budget import in_steps
 from lightning_peft.core.fields import FieldError, positive
 from lightning_peft.core.projection import transposed
 from lightning_peft.core.sites import Site, sites
+from lightning_peft.methods.selective import end_of
 
 
 class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=True):
@@ -102,9 +102,13 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
         for registry in state.registries(model):
             registry.held.clear()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self.learners:
+            vars(self)["_end"] = end_of(f"FAR(prime={self.prime})", self.prime, trainer)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        steps = max(1, in_steps(self.prime, trainer.estimated_stepping_batches))
-        if not self.learners and trainer.global_step >= steps:
+        if not self.learners and trainer.global_step >= vars(self)["_end"]:
             self.choose(pl_module)
             if (first := leader(pl_module)) is not None:
                 vars(first)["_masks"] = True

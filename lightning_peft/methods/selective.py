@@ -201,13 +201,7 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
 
     def switch_at(self, trainer: pl.Trainer) -> int:
         """The optimizer step after which the choice is made."""
-        steps = trainer.estimated_stepping_batches
-        if self.priming < 1 and not math.isfinite(steps):
-            raise LifeCycleError(
-                f"{type(self).__name__}(priming={self.priming}) is a share of a run without an end. Give it in steps, "
-                "or the Trainer max_steps or max_epochs."
-            )
-        return max(1, in_steps(self.priming, steps))
+        return end_of(f"{type(self).__name__}(priming={self.priming})", self.priming, trainer)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -255,6 +249,19 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
                 import wandb
 
                 logger.experiment.log({f"{self.name_on_model}/scores": wandb.Html(picture, inject=False)})
+
+
+def end_of(name: str, priming: float, trainer: pl.Trainer) -> int:
+    """The optimizer step with which a priming ends, a share of the run or a number of steps."""
+    steps = trainer.estimated_stepping_batches
+    if priming < 1 and not math.isfinite(steps):
+        raise LifeCycleError(
+            f"{name} is a share of a run without an end. Give it in steps, or the Trainer max_steps or max_epochs."
+        )
+    end = max(1, in_steps(priming, steps))
+    if end > steps:
+        log.warning("%s: the run ends after %d steps, and nothing is chosen: everything trains", name, steps)
+    return end
 
 
 def without_ties(
