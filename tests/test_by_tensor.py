@@ -356,3 +356,9 @@ def test_a_priming_without_an_end_is_said(method: Any, tmp_path: Path, caplog: A
     endless = trainer(tmp_path, [FAR(prime=0.5)], max_steps=-1, max_epochs=-1)
     with pytest.raises(LifeCycleError, match="share of a run without an end"):
         endless.fit(Boring(dropout=0.0), batches())
+
+
+@pytest.mark.parametrize("learners", [{"nonsense": [1]}, {"encoder.0": [0, 64]}, {"encoder.0": [-1]}])
+def test_learners_that_the_model_does_not_have_are_an_error(learners: dict[str, list[int]]) -> None:
+    with pytest.raises(TargetError, match="no layer of this model.*Known, with their widths: {'encoder.0': 64"):
+        FAR(learners=learners).apply(zoo.build("bert"))

@@ -16,7 +16,7 @@ from lightning_peft.callback import PEFT, leader
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError, positive
 from lightning_peft.core.projection import transposed
-from lightning_peft.core.sites import Site, sites
+from lightning_peft.core.sites import Site, TargetError, sites
 from lightning_peft.methods.selective import end_of
 
 
@@ -50,7 +50,14 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
         super().setup(trainer, pl_module, stage)
 
     def asked(self, model: nn.Module) -> Iterator[Site]:
-        for site in self.found(model):
+        found = self.found(model)
+        widths = {place(site): width(site) for site in found}
+        if wrong := [k for k, nodes in self.learners.items() if not all(0 <= n < widths.get(k, 0) for n in nodes)]:
+            raise TargetError(
+                f"FAR(learners=...): {wrong[0]!r} with nodes {self.learners[wrong[0]][:3]}... is no layer of this model, "
+                f"or has fewer nodes. Known, with their widths: {widths}."
+            )
+        for site in found:
             vars(self)["_site"] = site  # of the questions that follow
             yield site
 
