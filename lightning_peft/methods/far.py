@@ -54,7 +54,7 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
         widths = {place(site): width(site) for site in found}
         if wrong := [k for k, nodes in self.learners.items() if not all(0 <= n < widths.get(k, 0) for n in nodes)]:
             raise TargetError(
-                f"FAR(learners=...): {wrong[0]!r} with nodes {self.learners[wrong[0]][:3]}... is no layer of this model, "
+                f"FAR(learners=...): {wrong[0]!r}: {self.learners[wrong[0]][:3]}... is no layer of this model, "
                 f"or has fewer nodes. Known, with their widths: {widths}."
             )
         for site in found:
