@@ -37,12 +37,8 @@ class InputBottleneck(Bottleneck):
         return weight + self.scale * (weight @ up) @ down, bias + weight @ shift
 
 
-class InputAdapter(PEFT, name="input_adapter", family="additive", paper="1902.00751"):
-    """e + W_up phi(W_dn e + b_dn) + b_up on what the first block reads
-
-    e is the sum of all embeddings after its norm and dropout, once for each stack. Other targets (such as "embed") get
-    the adapter on what they give. 2md + m + d parameters a stack. Gradients go through the whole backbone.
-    """
+class EndAdapter(PEFT):
+    """What adapters at either end of a model are set by."""
 
     unused = ("layers",)
 
@@ -54,18 +50,30 @@ class InputAdapter(PEFT, name="input_adapter", family="additive", paper="1902.00
     def check(self) -> None:
         positive(self, "bottleneck")
 
+    @property
+    def shape(self) -> tuple[int, Activation, Init]:
+        """How each bottleneck is made, beside its width."""
+        return self.bottleneck, self.activation, self.init
+
+
+class InputAdapter(EndAdapter, name="input_adapter", family="additive", paper="1902.00751"):
+    """e + W_up phi(W_dn e + b_dn) + b_up on what the first block reads
+
+    e is the sum of all embeddings after its norm and dropout, once for each stack. Other targets (such as "embed") get
+    the adapter on what they give. 2md + m + d parameters a stack. Gradients go through the whole backbone.
+    """
+
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
-        shape = self.bottleneck, self.activation, self.init
         for site in sites:
             if site.role != "block":
-                yield site, Bottleneck(site.out_features, *shape)
+                yield site, Bottleneck(site.out_features, *self.shape)
             elif site.layer == 0:
                 check_runs_once(sites, "InputAdapter", "targets='embed'")
-                yield site, InputBottleneck(site.out_features, *shape)
+                yield site, InputBottleneck(site.out_features, *self.shape)
 
 
 class OutputAdapter(
-    PEFT,
+    EndAdapter,
     name="output_adapter",
     family="additive",
     paper="1902.00751",
@@ -81,30 +89,19 @@ class OutputAdapter(
     not tied and has a bias.
     """
 
-    unused = ("layers",)
-
-    targets: str | list[str] | None = "block"
-    bottleneck: int = 64
-    activation: Activation = "gelu"
-    init: Init = "zero"
-
-    def check(self) -> None:
-        positive(self, "bottleneck")
-
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
-        shape = self.bottleneck, self.activation, self.init
         blocks = [site for site in sites if site.role == "block" and site.layer == (site.layers or 0) - 1]
         decoders = [site for site in blocks if site.stack.endswith("decoder")]
         for site in decoders or blocks:
             norm = final_norm(sites, site)
             if norm is not None:
-                yield norm, Bottleneck(norm.out_features, *shape)
+                yield norm, Bottleneck(norm.out_features, *self.shape)
             else:
                 check_runs_once(sites, "OutputAdapter", "targets='head'")
-                yield site, StreamBottleneck(site.out_features, *shape)
+                yield site, StreamBottleneck(site.out_features, *self.shape)
         for site in sites:
             if site.role != "block":
-                yield site, InputBottleneck(projection_widths(site, "OutputAdapter")[0], *shape)
+                yield site, InputBottleneck(projection_widths(site, "OutputAdapter")[0], *self.shape)
 
 
 def check_runs_once(sites: Sites, method: str, instead: str) -> None:
