@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,3 +109,27 @@ def _bits(tensor: Tensor) -> bytes:
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [key for key in {**a, **b} if key not in a or key not in b or a[key] != b[key]]
+
+
+def reviews(folder: Path) -> Path:
+    """The folder, with reviews.csv: sixty rows of a text and a label."""
+    generator = random.Random(0)
+    with (folder / "reviews.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for number in range(60):
+            label = generator.choice(["good", "bad"])
+            writer.writerow([f"{'lovely' if label == 'good' else 'horrid'} thing {number}", label])
+    return folder
+
+
+@torch.no_grad()
+def plain_after_prefill(net: Any, method: Any, ids: Tensor, tokens: Tensor) -> Tensor:
+    """Logits of `tokens` by hand: the method fills the cache with the prompt, the plain model goes on from there."""
+    step = net(input_ids=ids, use_cache=True)
+    hand = [step.logits[:, -1]]
+    with method.enabled(net, False):
+        for i in range(tokens.shape[1] - 1):
+            step = net(input_ids=tokens[:, i : i + 1], past_key_values=step.past_key_values, use_cache=True)
+            hand.append(step.logits[:, -1])
+    return torch.stack(hand, 1)

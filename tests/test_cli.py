@@ -1,11 +1,9 @@
 """The command line, from words to a run directory and back to an answer; all on tiny models."""
 
-import csv
 import io
 import json
 import logging
 import math
-import random
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import reviews
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
@@ -29,14 +28,7 @@ QUIET = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "traine
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Reviews with a text and a label, and pairs of a prompt and an answer."""
-    folder = tmp_path_factory.mktemp("cli")
-    generator = random.Random(0)
-    with (folder / "reviews.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for number in range(60):
-            label = generator.choice(["good", "bad"])
-            writer.writerow([f"{'lovely' if label == 'good' else 'horrid'} thing {number}", label])
+    folder = reviews(tmp_path_factory.mktemp("cli"))
     pairs = [{"prompt": f"{n} + 1", "answer": str(n + 1)} for n in range(12)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return folder

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import random
 import statistics
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import wandb_offline
+from harness import reviews
 
 import lightning_peft
 from lightning_peft import cli, results, train
@@ -31,13 +31,7 @@ TASK = ["model=tiny_bert", "data=csv", "data.path=reviews.csv", "data.batch_size
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Commands are run beside reviews with a text and a label."""
-    folder, generator = tmp_path_factory.mktemp("compare"), random.Random(0)
-    with (folder / "reviews.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for number in range(60):
-            label = generator.choice(["good", "bad"])
-            writer.writerow([f"{'lovely' if label == 'good' else 'horrid'} thing {number}", label])
+    folder = reviews(tmp_path_factory.mktemp("compare"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
 import os
 import pickle
-import random
 import re
 import subprocess
 import sys
@@ -21,6 +19,7 @@ import pytest
 import torch
 import transformers as hf
 import zoo
+from harness import reviews
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from test_lightning import fit as plain_fit
@@ -999,15 +998,7 @@ LEARN = ["peft.targets=all-linear", "optimizer=paged_adamw", "optimizer.lr=0.01"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("commands")
-    generator = random.Random(0)
-    with (folder / "reviews.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for number in range(60):
-            label = generator.choice(["good", "bad"])
-            writer.writerow([f"{'lovely' if label == 'good' else 'horrid'} thing {number}", label])
-    return folder
+    return reviews(tmp_path_factory.mktemp("commands"))
 
 
 @pytest.fixture
