@@ -35,7 +35,8 @@ from lightning_peft.callback import PEFT, LifeCycleError, check_strategy
 from lightning_peft.checkpoint import CheckpointError
 from lightning_peft.core import state
 from lightning_peft.core.adapter import LabelError
-from lightning_peft.core.method import REGISTRY, NothingToTrainError
+from lightning_peft.core.method import REGISTRY, NothingToTrainError, outside_frozen_networks
+from lightning_peft.core.sites import sites
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -502,6 +503,11 @@ def test_a_frozen_teacher_is_left_alone(tmp_path: Path) -> None:
     fit(tmp_path, module, LoRA(rank=2))
     assert boring.largest_difference(before, boring.tensors(module.teacher)) == 0
     assert {name.partition(".")[0] for name in state.trainable(module)} == {"net"}
+
+
+def test_what_has_no_parameters_is_not_called_frozen() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
+    assert [site.name for site in outside_frozen_networks(net, sites(net, "*"))] == ["0", "1", "2"]
 
 
 def test_a_model_frozen_as_a_whole_is_adapted_all_the_same(tmp_path: Path) -> None:

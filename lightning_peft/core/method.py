@@ -307,14 +307,18 @@ def _plan(part: Method, model: nn.Module) -> Iterator[tuple[Site, Adapter]]:
 
 
 def outside_frozen_networks(model: nn.Module, found: Sites) -> list[Site]:
-    """Leave out a network that was frozen as a whole (a teacher) where there are sites in one that was not."""
+    """Leave out a network that was frozen as a whole (a teacher) where there are sites in one that was not.
+
+    What has no parameters (an activation, a metric) cannot be frozen.
+    """
     before = state.trainable_before(model)
     networks = {site.name.partition(".")[0] for site in found}
-    alive = {name for name in networks if any(id(p) in before for p in model.get_submodule(name).parameters())}
-    if not alive or alive == networks:
+    held = {name: [id(p) for p in model.get_submodule(name).parameters()] for name in networks}
+    frozen = {name for name, own in held.items() if own and before.isdisjoint(own)}
+    if not frozen or all(name in frozen for name, own in held.items() if own):
         return list(found)
-    log.info("left out, since they were frozen before: %s", ", ".join(sorted(networks - alive)))
-    return [site for site in found if site.name.partition(".")[0] in alive]
+    log.info("left out, since they were frozen before: %s", ", ".join(sorted(frozen)))
+    return [site for site in found if site.name.partition(".")[0] not in frozen]
 
 
 def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
