@@ -109,10 +109,15 @@ def fields(cls: type[Method], own: bool) -> list[str]:
         return ["No fields of its own."]
     said = schema.comments(cls)
     lines = [
-        f"| `{f.name}` | `{str(f.type).replace('|', 'or')}` | `{schema.default(f)!r}` | {said.get(f.name, '').replace('|', 'or')} |"
+        f"| `{f.name}` | `{str(f.type).replace(' | ', ' or ')}` | `{schema.default(f)!r}` | {in_cell(said.get(f.name, ''))} |"
         for f in rows
     ]
     return ["| field | type | default | |", "|---|---|---|---|", *lines]
+
+
+def in_cell(text: str) -> str:
+    """Text for a cell of a table, which a norm's bars would otherwise cut in two."""
+    return text.replace("|", r"\|")
 
 
 def main() -> None:
