@@ -423,6 +423,7 @@ def test_entries_outside_of_the_mask_never_move(options: dict[str, Any], tmp_pat
     lines = (tmp_path / "selective-scores.csv").read_text().splitlines()
     assert lines[0].startswith("layer,")
     assert len(lines) == 4  # the header, what is outside of blocks, two layers
+    assert len((tmp_path / "selective-chosen.csv").read_text().splitlines()) == 4
     method.remove(module)
     plain = boring.Boring()
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), plain.parameters(), strict=True))
@@ -728,7 +729,12 @@ def test_heat_map_is_a_table_of_means() -> None:
     table = heat_map.table(items)
     assert table[2] == {("h.0", "q"): 2.0, ("outside of blocks", "embed"): 0.25, ("h.1", "a,b"): 5.0}
     assert heat_map.csv(table).splitlines() == ['layer,q,embed,"a,b"', "h.0,2,,", "outside of blocks,,0.25,", "h.1,,,5"]
-    assert heat_map.svg(table, "a < b").count("<rect x=") == 3
+    picture = heat_map.svg(
+        table, "a < b", heat_map.table([("h.0", "h.0.q", 1, 8), ("", "embed", 0, 4), ("h.1", "h.1.a,b", 1, 1)])
+    )
+    assert picture.count("<rect x=") == 3
+    assert all(f">{words}</text>" in picture for words in ("a &lt; b", "12", "", "100", "h.0", "outside of blocks"))
+    assert xml.etree.ElementTree.fromstring(picture).tag.endswith("svg")
 
 
 def test_beside_another_method() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from html import escape
 
 Table = tuple[list[str], list[str], dict[tuple[str, str], float]]  # rows, columns, (row, column) -> value
-CELL, LEFT, TOP = 34, 190, 150
+CELL, LETTER = 36, 6.4  # px: of a cell, of a letter at size 11
+OUTSIDE = "outside of blocks"
+DARK = (13, 59, 102)
+NAMESPACE = "http://www.w3.org/2000/svg"
 
 
 def table(items: Iterable[tuple[str, str, float, int]]) -> Table:
     """(block or "", name of the module and tensor, sum of its scores, their number) -> the mean of each cell"""
     totals: dict[tuple[str, str], tuple[float, int]] = {}
     for block, name, total, count in items:
-        row, column = (block, name.removeprefix(f"{block}.")) if block else ("outside of blocks", name)
+        row, column = (block, name.removeprefix(f"{block}.")) if block else (OUTSIDE, name)
         before = totals.get((row, column), (0.0, 0))
         totals[row, column] = before[0] + total, before[1] + count
     rows, columns = list(dict.fromkeys(r for r, _ in totals)), list(dict.fromkeys(c for _, c in totals))
@@ -28,26 +32,62 @@ def csv(found: Table) -> str:
     return "".join(",".join(f'"{cell}"' if "," in cell else cell for cell in line) + "\n" for line in lines)
 
 
-def svg(found: Table, title: str) -> str:
-    """From white, the least of all, to dark, the most; by rank, since scores range over many powers of ten."""
+def svg(found: Table, title: str, chosen: Table) -> str:
+    """Shades from white, the least score, to dark, the most, by rank: scores range over many powers of ten.
+
+    chosen: what share of a cell's entries trains, which is written into it in percent.
+    """
     rows, columns, values = found
-    order = {v: i for i, v in enumerate(sorted(set(values.values())))}
-    out = [f'<text x="10" y="20" font-size="14" font-weight="bold">{escape(title)}</text>']
+    shades = {v: i for i, v in enumerate(sorted(set(values.values())))}
+    shared = len(common([*(r for r in rows if r != OUTSIDE), *(c for r, c in values if r == OUTSIDE)]))
+    named = {r: r if r == OUTSIDE else r[shared:] for r in rows}
+    above = {c: c[shared:] if (OUTSIDE, c) in values else c for c in columns}
+    left = 24 + round(LETTER * max(map(len, named.values())))
+    slanted = round(LETTER * max(map(len, above.values())))
+    top = 66 + round(slanted * 0.77)  # sin 50 degrees
+    width, height = left + CELL * len(columns) + max(round(slanted * 0.65), 260), top + CELL * len(rows) + 20
+    out = [
+        f'<svg xmlns="{NAMESPACE}" viewBox="0 0 {width} {height}" font-family="DejaVu Sans, sans-serif">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        text(10, 22, title, 'font-size="14" font-weight="bold"'),
+        text(10, 42, "shade: mean score, by rank; number: % of the entries that train", 'font-size="11"'),
+    ]
     for j, column in enumerate(columns):
-        x = LEFT + CELL * j + CELL / 2
-        out.append(f'<text transform="translate({x},{TOP - 6}) rotate(-50)" font-size="10">{escape(column)}</text>')
+        turn = f'font-size="11" transform="translate({left + CELL * j + CELL / 2},{top - 6}) rotate(-50)"'
+        out.append(text(0, 0, above[column], turn))
     for i, row in enumerate(rows):
-        y = TOP + CELL * i
-        out.append(f'<text x="{LEFT - 8}" y="{y + 21}" font-size="11" text-anchor="end">{escape(row)}</text>')
+        y = top + CELL * i
+        out.append(text(left - 8, y + 22, named[row], 'font-size="11" text-anchor="end"'))
         for j, column in enumerate(columns):
             if (row, column) in values:
-                shade = order[values[row, column]] / max(len(order) - 1, 1)
-                colour = ",".join(str(round(255 - shade * (255 - dark))) for dark in (13, 59, 102))
-                tip = f"<title>{escape(row)} {escape(column)}: {values[row, column]:.4g}</title>"
-                place = f'x="{LEFT + CELL * j}" y="{y}" width="{CELL - 2}" height="{CELL - 2}"'
-                out.append(f'<rect {place} fill="rgb({colour})" stroke="#ccc">{tip}</rect>')
-    width, height = LEFT + CELL * len(columns) + 180, TOP + CELL * len(rows) + 20
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="DejaVu Sans, sans-serif">'
-    )
-    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *out, "</svg>"]) + "\n"
+                value, share = values[row, column], chosen[2][row, column]
+                shade = shades[value] / max(len(shades) - 1, 1)
+                tip = f"{row} {column}: {value:.4g}, {share:.4%} train"
+                out += cell(left + CELL * j, y, shade, percent(share), tip)
+    return "\n".join([*out, "</svg>"]) + "\n"
+
+
+def cell(x: float, y: float, shade: float, label: str, tip: str) -> list[str]:
+    colour = ",".join(str(round(255 - shade * (255 - dark))) for dark in DARK)
+    place = f'x="{x}" y="{y}" width="{CELL - 2}" height="{CELL - 2}"'
+    ink = f'font-size="10" text-anchor="middle" pointer-events="none" fill="{"white" if shade > 0.5 else "black"}"'
+    return [
+        f'<rect {place} fill="rgb({colour})" stroke="#ccc"><title>{escape(tip)}</title></rect>',
+        text(x + CELL / 2 - 1, y + 21, label, ink),
+    ]
+
+
+def text(x: float, y: float, words: str, style: str) -> str:
+    return f'<text x="{x}" y="{y}" {style}>{escape(words)}</text>'
+
+
+def percent(share: float) -> str:
+    """In four letters at most: nothing for none."""
+    value = 100 * share
+    return "" if not value else "<.01" if value < 0.01 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def common(names: list[str]) -> str:
+    """What all dotted names begin with, up to a dot."""
+    start = os.path.commonprefix(names)
+    return start[: start.rfind(".") + 1]

@@ -60,6 +60,12 @@ class Candidate:
     def device(self) -> torch.device:
         return next(p.device for p in self.adapter.place.parameters())
 
+    @property
+    def chosen(self) -> int:
+        """How many of its entries train."""
+        found = self.adapter.of(self.attribute)
+        return 0 if found is None else len(found[1])
+
     def value(self) -> Tensor:
         """theta as it is now, flat, fp32."""
         if self.codes:

@@ -230,20 +230,21 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
 
     # -------------------------------------------------------------- a picture
     def draw_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, scores: Scores) -> None:
-        """The mean score of each tensor, layers by modules: a table and a picture."""
+        """The mean score of each tensor and the share of it that trains, layers by modules: tables and a picture."""
         chooser = self.chooser(pl_module)
         log.info("%s: %d of %d entries train", self.name_on_model, len(chooser.entries.v), chooser.entries.total)
         directory = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if not self.heat_map or not trainer.is_global_zero:
             return
-        table = heat_map.table(
-            (c.block, f"{c.name}.{c.attribute}", float(s.double().sum()), c.size)
-            for c, s in zip(chooser.candidates, scores, strict=True)
-        )
+        named = [(c.block, f"{c.name}.{c.attribute}", c) for c in chooser.candidates]
+        sums = [float(s.double().sum()) for s in scores]
+        table = heat_map.table((block, name, one, c.size) for (block, name, c), one in zip(named, sums, strict=True))
+        chosen = heat_map.table((block, name, c.chosen, c.size) for block, name, c in named)
         directory.mkdir(parents=True, exist_ok=True)
-        picture = heat_map.svg(table, f"{self.name_on_model}: mean {self.score}")
+        picture = heat_map.svg(table, f"{self.name_on_model}: {self.score}", chosen)
         (directory / f"{self.name_on_model}-scores.svg").write_text(picture)
         (directory / f"{self.name_on_model}-scores.csv").write_text(heat_map.csv(table))
+        (directory / f"{self.name_on_model}-chosen.csv").write_text(heat_map.csv(chosen))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 import wandb
