@@ -31,6 +31,7 @@ from lightning_peft.core.scattered import Product, rechosen
 from lightning_peft.core.scores import Choice, top
 from lightning_peft.core.sites import TargetError
 from lightning_peft.methods.diff_pruning import diff_pruning_groups, gate
+from lightning_peft.optim import adamw_8bit
 from lightning_peft.tasks.hub import minilm_folder
 
 pytestmark = [
@@ -157,8 +158,9 @@ def test_looking_changes_nothing() -> None:
     assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]
 
 
-def test_looking_leaves_the_tensors_that_buffers_are() -> None:
+def test_looking_leaves_the_tensors_that_buffers_are_and_what_modules_count() -> None:
     model = net()
+    model.passes = 0  # type: ignore[assignment]
     model.register_buffer("seen", None)
     mean = model.norm.running_mean
     method = SelectiveTuning(budget=0.1, heads=None)
@@ -166,9 +168,12 @@ def test_looking_leaves_the_tensors_that_buffers_are() -> None:
 
     def run(batch: Any, index: int) -> Tensor:
         model.seen, model.norm.running_mean = batch[0], model.norm.running_mean + 1  # type: ignore[operator, assignment]
+        model.passes += 1  # type: ignore[operator]
+        model.register_buffer("made", batch[0])
         return model(*batch)
 
     method.identify(model, batches(), run)
+    assert (model.passes, "made" in dict(model.named_buffers())) == (0, False)
     assert model.norm.running_mean is mean
     assert not mean.any()  # type: ignore[union-attr, operator]
     assert model.seen is None
@@ -231,6 +236,34 @@ def test_whole_rows_with_their_bias() -> None:
         if sizes[i] <= left:
             left, expected = left - sizes[i], expected + sizes[i]
     assert int(mask.sum()) == expected
+
+
+OUTPUTS = [
+    (nn.ConvTranspose1d(6, 4, 3, groups=2), "weight", [(i // 3 * 2 + o) for i in range(6) for o in range(2)]),
+    (nn.ConvTranspose2d(3, 3, 2), "weight", [o for _ in range(3) for o in range(3)]),
+    (nn.Conv1d(4, 6, 3, groups=2), "weight", [o for o in range(6) for _ in range(2)]),
+    (nn.Bilinear(2, 3, 4), "weight", [o for o in range(4) for _ in range(6)]),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "expected"), OUTPUTS)
+def test_rows_are_outputs(module: nn.Module, name: str, expected: list[int]) -> None:
+    model = nn.ModuleDict({"layer": module})
+    method = SelectiveTuning(score="random", over="rows", budget=0.5, heads=None)
+    method.apply(model)
+    weight, bias = method.chooser(model).candidates
+    where = weight.row_of().view(len(expected), -1)
+    assert torch.equal(where, torch.tensor(expected)[:, None].expand_as(where))
+    assert weight.outputs == bias.outputs == ("layer", "", len(module.bias))  # type: ignore[arg-type]
+
+
+def test_separate_projections_of_attention_are_outputs_of_their_own() -> None:
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2, kdim=5, vdim=5)})
+    method = SelectiveTuning(score="random", over="rows", budget=0.5, heads=None)
+    method.apply(model)
+    outputs = {c.attribute: c.outputs for c in method.chooser(model).candidates}
+    assert outputs["out_proj.weight"] == outputs["out_proj.bias"]
+    assert len({outputs[f"{p}_proj_weight"] for p in "qkv"} | {outputs["out_proj.weight"]}) == 4
 
 
 @pytest.mark.parametrize(("over", "mean"), [("tensors", True), ("blocks", False)])
@@ -461,7 +494,8 @@ def test_lt_sft_chooses_what_moved_most_rewinds_and_begins_anew(tmp_path: Path) 
                 seen["v"], seen["dense"] = entries.v.detach().clone(), entries.dense
             if trainer.global_step == 4:
                 seen.update(index=entries.index.clone(), start=entries.v.detach().clone())
-                seen["state"] = trainer.optimizers[0].state.get(entries.v)
+                head, held = pl_module.net.classifier.weight, trainer.optimizers[0].state  # type: ignore[union-attr]
+                seen.update(state=held.get(entries.v), head_state=held.get(head), head=head.detach().clone())
 
     class Before(pl.Callback):  # sees the fourth step before the switch
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -478,7 +512,8 @@ def test_lt_sft_chooses_what_moved_most_rewinds_and_begins_anew(tmp_path: Path) 
     assert torch.equal(seen["index"].long(), best)
     assert len(seen["start"]) == 50
     assert not seen["start"].any()
-    assert seen["state"] is None
+    assert seen["state"] is seen["head_state"] is None
+    assert torch.equal(seen["head"], boring.Boring().net.classifier.weight)
     assert len(method.chooser(module).entries.v) == 50
     assert method.chooser(module).entries.v.any()
 
@@ -534,7 +569,26 @@ def test_chosen_anew_keeps_what_stays() -> None:
     assert torch.equal(
         optimizer.state[entries.v]["exp_avg"], moments[[0, 1, 2, 0, 4, 0]] * torch.tensor([0, 1, 1, 0, 1, 0])
     )
+    assert entries.v.grad.tolist() == [0, 2, 3, 0, 5, 0]
     optimizer.step()
+
+
+def test_moments_in_codes_begin_anew_with_another_choice() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(nn.Linear(100, 100))
+    method = SelectiveTuning(score="random", budget=5000, measure="parameters", heads=None)
+    method.apply(model)
+    entries = method.chooser(model).entries
+    optimizer = adamw_8bit([entries.v], lr=0.1)
+    model(torch.randn(2, 100)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[entries.v]["state1"].dtype is torch.uint8
+    other = torch.arange(1, 10_001, 2)
+    new = ~torch.isin(other, entries.index)
+    rechosen(entries, other, [optimizer])
+    entries.v.grad = torch.zeros_like(entries.v)
+    optimizer.step()
+    assert not entries.v[new].any()  # no momentum that others left
 
 
 def test_runs_that_cannot_be_are_errors(tmp_path: Path) -> None:

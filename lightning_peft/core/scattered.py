@@ -227,7 +227,10 @@ class Product(torch.autograd.Function):
 
 @torch.no_grad()
 def rechosen(entries: Entries, index: Tensor, optimizers: Iterable[Any] = ()) -> None:
-    """Another choice: what stays keeps its change and its moments, what comes begins at zero."""
+    """Another choice: what stays keeps its change and its moments, what comes begins at zero.
+
+    An optimizer that keeps moments in codes begins anew: their scales are of blocks of what stood side by side.
+    """
     old, index = entries.index.long(), index.to(entries.index.device)
     at = torch.searchsorted(old, index).clamp(max=max(len(old) - 1, 0))
     stays = old[at] == index if len(old) else torch.zeros_like(index, dtype=torch.bool)
@@ -237,10 +240,14 @@ def rechosen(entries: Entries, index: Tensor, optimizers: Iterable[Any] = ()) ->
 
     for optimizer in optimizers:
         kept = optimizer.state.get(entries.v, {})
-        for name, moment in kept.items():
-            if isinstance(moment, Tensor) and moment.shape == entries.v.shape and moment.dim():
-                kept[name] = carried(moment)
+        moments = {n: m for n, m in kept.items() if isinstance(m, Tensor) and m.dim() and m.shape == entries.v.shape}
+        if all(moment.is_floating_point() for moment in moments.values()):
+            kept.update({name: carried(moment) for name, moment in moments.items()})
+        else:
+            forget([entries.v], [optimizer])
+    grad = None if entries.v.grad is None else carried(entries.v.grad)
     entries.choose(index, carried(entries.v))
+    entries.v.grad = grad
 
 
 def forget(parameters: Iterable[Tensor], optimizers: Iterable[Any]) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_peft.core.architectures import is_conv1d
-from lightning_peft.core.calibration import CalibrationError, Run, distributed, on_any_rank
+from lightning_peft.core.calibration import CalibrationError, Run, distributed
 from lightning_peft.core.init import Draw
 from lightning_peft.core.projection import base_weight
 from lightning_peft.core.quantised import is_quantised
@@ -48,8 +48,9 @@ class Candidate:
 
     @property
     def turned(self) -> bool:
-        """Outputs are its columns, as in a Conv1D."""
-        return self.attribute == "weight" and is_conv1d(self.adapter.place)
+        """Outputs are its columns, as in a Conv1D and in a transposed convolution."""
+        place = self.adapter.place
+        return self.attribute == "weight" and (is_conv1d(place) or isinstance(place, nn.modules.conv._ConvTransposeNd))
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -81,16 +82,26 @@ class Candidate:
         return self.shape.numel()
 
     @property
+    def groups(self) -> int:
+        """Of a transposed convolution: parts of the inputs, each with outputs of its own."""
+        return getattr(self.adapter.place, "groups", 1) if self.turned else 1
+
+    @property
     def rows(self) -> int:
         """How many outputs (tokens, features of a norm) there are."""
-        return self.shape[1 if self.turned else 0] if len(self.shape) else 1
+        return self.shape[1 if self.turned else 0] * self.groups if len(self.shape) else 1
 
     def row_of(self) -> Tensor:
         """(size,) -> the output of each entry"""
         index = torch.arange(self.rows)
         if self.turned:
-            return index.repeat(self.shape[0])
-        return index.repeat_interleave(max(self.size // max(self.rows, 1), 1))
+            index = index.view(self.groups, -1).repeat_interleave(self.shape[0] // self.groups, 0).flatten()
+        return index.repeat_interleave(max(self.size // max(len(index), 1), 1))
+
+    @property
+    def outputs(self) -> tuple[str, str, int]:
+        """The same for tensors whose rows make the same outputs: a weight and its bias."""
+        return self.name, self.attribute.replace("weight", "").replace("bias", ""), self.rows
 
 
 # ------------------------------------------------------------------ scores
@@ -118,9 +129,8 @@ def random(seed: int, number: int, like: Tensor) -> Tensor:
 
 @contextmanager
 def untouched(model: nn.Module, candidates: Iterable[Candidate]) -> Iterator[list[Tensor]]:
-    """Eval mode, and a tensor to differentiate by for each candidate; modes, flags, buffers come back as they were."""
-    modes = {module: module.training for module in model.modules()}
-    held = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
+    """Eval mode, and a tensor to differentiate by for each candidate; after it every module is what it was."""
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     probed = []
@@ -138,16 +148,17 @@ def untouched(model: nn.Module, candidates: Iterable[Candidate]) -> Iterator[lis
     finally:
         for c in probed:
             del c.adapter.probes[c.attribute]
-        for module, mode in modes.items():
-            module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
-        for m, name, held_before in held:  # a module may have put another tensor there
-            m._buffers[name] = held_before
+        for m, own, held in before:  # modes and what a module counts; buffers that it replaced or made, with them
+            vars(m).clear()
+            vars(m).update(own)
+            m._buffers.clear()
+            m._buffers.update(held)
         with torch.no_grad():
-            for b, before in buffers:
-                if not torch.equal(b, before):
-                    b.copy_(before)
+            for b, value in buffers:
+                if not torch.equal(b, value):
+                    b.copy_(value)
 
 
 def watch(
@@ -155,7 +166,7 @@ def watch(
 ) -> tuple[Scores, int]:
     """The mean gradient over batches, (n,) each; with `samples` the mean of squares over so many single examples."""
     totals = [torch.zeros(c.size, device=c.device) for c in candidates]
-    count = 0
+    samples, count = samples if samples is None else my_share(samples), 0
     with untouched(model, candidates) as sources:
         for batch in batches:
             for part in [batch] if samples is None else examples(batch):
@@ -168,10 +179,15 @@ def watch(
                 count += 1
             if count == samples:
                 break
-    alive = count and any(bool(total.any()) for total in totals)
-    if on_any_rank([] if alive else ["none"]):
+    totals, count = reduced(totals, count)
+    if not any(bool(total.any()) for total in totals):
         raise CalibrationError(f"{count} batches gave no gradient to what may be chosen. Give batches with labels.")
-    return reduced(totals, count), count
+    return totals, count
+
+
+def my_share(count: int) -> int:
+    """Of this rank, so that all ranks together have `count`."""
+    return len(range(dist.get_rank(), count, dist.get_world_size())) if distributed() else count
 
 
 def gradients(run: Run, batch: Any, index: int, sources: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -182,15 +198,15 @@ def gradients(run: Run, batch: Any, index: int, sources: list[Tensor]) -> tuple[
     return torch.autograd.grad(loss, sources, allow_unused=True)
 
 
-def reduced(totals: Scores, count: int) -> Scores:
-    """The mean over what all ranks saw."""
+def reduced(totals: Scores, count: int) -> tuple[Scores, int]:
+    """The mean over what all ranks saw, and how much that is."""
     if distributed():
         whole = torch.tensor(float(count), device=totals[0].device)
         dist.all_reduce(whole)
         count = int(whole)
         for total in totals:
             dist.all_reduce(total)
-    return [total / count for total in totals]
+    return [total / max(count, 1) for total in totals], count
 
 
 def examples(batch: Any) -> Iterator[Any]:
@@ -301,14 +317,13 @@ def unit_scores(
     """How many units, their sizes and scores, and for each candidate the unit of its entries: one for all, or each."""
     known: dict[object, int] = {}
     numbers: list[Any] = []
+    count = 0
     for i, c in enumerate(candidates):
-        key: object = {"rows": (c.name, c.rows), "tensors": i, "blocks": c.block or f"outside {c.name}"}[over]
-        if over == "rows":
-            first = known.setdefault(key, sum(k[1] for k in known if isinstance(k, tuple)))
-            numbers.append(first + c.row_of())
-        else:
-            numbers.append(known.setdefault(key, len(known)))
-    count = sum(k[1] for k in known if isinstance(k, tuple)) if over == "rows" else len(known)
+        key: object = {"rows": c.outputs, "tensors": i, "blocks": c.block or f"outside {c.name}"}[over]
+        if key not in known:
+            known[key] = count
+            count += c.rows if over == "rows" else 1
+        numbers.append(known[key] + c.row_of() if over == "rows" else known[key])
     sizes, totals, below = torch.zeros(count), torch.zeros(count, dtype=torch.float64), torch.zeros(count).double()
     for i, (c, n) in enumerate(zip(candidates, numbers, strict=True)):
         index = n if isinstance(n, Tensor) else torch.full((c.size,), n)

@@ -11,13 +11,13 @@ class LTSFT(SelectiveTuning, name="lt_sft", family="selective", paper="2110.0756
     """theta = theta_0 + m * v, m the entries of largest |theta_1 - theta_0|, theta_1 from a run that trains all
 
     `SelectiveTuning` in two phases of one `fit`: after the share `priming` of its optimizer steps the K entries that
-    have moved most are chosen, everything goes back to theta_0, the optimizer begins anew, and the chosen entries
-    train. The learning rate is that of the one schedule; the authors run theirs twice (`jagged_cosine` with a cycle of
-    a phase). Changes of several files add up: theta_0 + v_language + v_task, each under a label of its own. Norms and
-    the output embedding are left out, and with it an input embedding that is tied to it. l1: weight of the mean of
-    |theta - theta_0| in the first phase (the authors take 0.1 for language models). budget: K as a share, or with
-    measure="parameters" as a number; the authors take 7,667,712 for a language and 14,155,776 for a task. Weight
-    decay draws to theta_0. Source: section 3.
+    have moved most are chosen, everything goes back to theta_0, heads included, the optimizer begins anew, and the
+    chosen entries train. The learning rate is that of the one schedule; the authors run theirs twice (`jagged_cosine`
+    with a cycle of a phase). Changes of several files add up: theta_0 + v_language + v_task, each under a label of its
+    own. Norms and the output embedding are left out, and with it an input embedding that is tied to it. l1: weight of
+    the mean of |theta - theta_0| in the first phase (the authors take 0.1 for language models). budget: K as a share,
+    or with measure="parameters" as a number; the authors take 7,667,712 for a language and 14,155,776 for a task.
+    Weight decay draws to theta_0. Source: section 3.
     """
 
     score: Score = "change"

@@ -160,8 +160,17 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
                 else:
                     found, _ = watch(model, chooser.candidates, batches, run or plain_run(model), samples)
         if self.score == "change":
-            return chooser.by_change()
+            return self.by_change(model)
         return chooser.choose(found, optimizers)
+
+    @torch.no_grad()
+    def by_change(self, model: nn.Module) -> Scores:
+        """End the run in which every candidate trains: choose, and put heads back, too, where all goes back."""
+        chooser = self.chooser(model)
+        if not chooser.keep:
+            for head in state.get_applied(model, self.name_on_model).selected:
+                head.parameter.copy_(head.original)  # type: ignore[arg-type]
+        return chooser.by_change()
 
     # -------------------------------------------------------------- in a run
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,8 +221,9 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         super().on_train_batch_end(trainer, pl_module, *rest)
         chooser = self.chooser(pl_module)
         if chooser.entries.dense and self.steps >= vars(self).get("_switch", math.inf):
-            scores = chooser.by_change()
-            forget(chooser.entries.parameters(), trainer.optimizers)
+            scores = self.by_change(pl_module)
+            heads = state.get_applied(pl_module, self.name_on_model).selected
+            forget([*chooser.entries.parameters(), *(head.parameter for head in heads)], trainer.optimizers)
             self.draw_scores(trainer, pl_module, scores)
 
     @property
