@@ -288,12 +288,26 @@ def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> Non
     """
     if not isinstance(strategy, DDPStrategy):
         return
-    frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
+    check_equal_across_ranks(pl_module, ignore_frozen(pl_module))
+
+
+def ignore_frozen(pl_module: pl.LightningModule) -> list[str]:
+    """The names that DDP is told to leave alone: what is frozen, and what is empty so far."""
+    frozen = [name for name, p in pl_module.named_parameters() if not (p.requires_grad and p.numel())]
     frozen += state.constant_names(pl_module)
-    check_equal_across_ranks(pl_module, frozen)
     vars(pl_module).setdefault("_peft_ignored_before", getattr(pl_module, IGNORED, None))
     ignored = [*frozen, *(vars(pl_module)["_peft_ignored_before"] or [])]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)
+    return frozen
+
+
+def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """After parameters have changed their size: DDP exchanges gradients by the sizes that it saw when it wrapped."""
+    strategy: Any = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        ignore_frozen(pl_module)
+        strategy.model = pl_module
+        strategy.configure_ddp()
 
 
 LENT: dict[str, Any] = {

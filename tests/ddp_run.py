@@ -16,6 +16,14 @@ from lightning_peft import LoRA, PEFTDDPStrategy, PEFTSingleDeviceStrategy
 from lightning_peft.callback import PEFT
 from lightning_peft.core.method import REGISTRY
 
+MORE: dict[str, dict[str, Any]] = {  # from data, and of sizes that are known in the run only
+    "sparse_adapter": {"score": "snip"},
+    "selective": {"score": "sensitivity", "over": "rows", "budget": 0.05, "every": 1},
+    "fish": {"score": "fisher", "samples": 8},
+    "lt_sft": {"l1": 0.1, "budget": 0.02},
+    "diff_pruning": {"budget": 0.02},
+}
+
 
 def main(directory: str, hows: str, processes: int) -> None:
     torch.set_num_threads(1)
@@ -32,13 +40,14 @@ def one(directory: str, how: str, processes: int) -> None:
 
         with torch.no_grad():
             module.net.bert.embeddings.word_embeddings.weight.add_(int(os.environ.get("LOCAL_RANK", 0)))
-    more = {"score": "snip"} if how == "sparse_adapter" else {}
+    more = MORE.get(how, {})
     lora: PEFT = make(how, "bert", **more) if how in REGISTRY else LoRA(rank=2)
     callbacks: list[pl.Callback] = [] if how == "strategy" else [lora]
     watch = Watch()
     callbacks.append(watch)
     callbacks.append(pl.callbacks.ModelCheckpoint(directory, filename="end", save_last=False))
     options = {"strategy": strategy(how, processes, lora), "devices": processes, "use_distributed_sampler": False}
+    options["max_epochs"] = 1 + bool(more.get("every"))
     trainer = boring.trainer(directory, callbacks, **options)
     trainer.fit(module, Share(processes))
     ignored = watch.ignored

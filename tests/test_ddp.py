@@ -71,3 +71,25 @@ def test_what_sites_share_and_what_is_taken_from_data_is_equal_on_all_ranks(name
     first, second = results(of_methods, name, 2)
     assert boring.largest_difference(first["tensors"], second["tensors"]) == 0
     assert first["broadcast"] == first["reduced"] > 0  # constants of adapters, too, are left alone
+
+
+CHOOSING = "selective,fish,lt_sft,diff_pruning"
+
+
+@pytest.fixture(scope="module")
+def of_choices(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    one, two = (tmp_path_factory.mktemp(f"choices{n}") for n in (1, 2))
+    run(one, CHOOSING, 1), run(two, CHOOSING, 2)
+    return one, two
+
+
+@pytest.mark.parametrize("name", CHOOSING.split(","))
+def test_entries_are_chosen_by_the_data_of_all_ranks_in_any_number(name: str, of_choices: tuple[Path, Path]) -> None:
+    one, two = of_choices
+    single = results(one, name, 1)[0]["tensors"]
+    first, second = (result["tensors"] for result in results(two, name, 2))
+    assert boring.largest_difference(first, second) == 0
+    index = next(name for name in first if name.endswith("entries.index"))
+    assert len(first[index]) > 0
+    assert torch.equal(first[index], single[index])
+    assert boring.largest_difference(first, single) < 1e-6

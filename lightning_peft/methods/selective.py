@@ -8,6 +8,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_peft.callback import PEFT, LifeCycleError
+from lightning_peft.callback import PEFT, LifeCycleError, wrap_again
 from lightning_peft.core import heat_map, state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.budget import in_steps
@@ -180,12 +181,6 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
             vars(self).update(_steps=0, _chosen=-1)
         if self.score == "change" and entries.dense:
             vars(self)["_switch"] = self.switch_at(trainer)
-        if trainer.world_size > 1 and (entries.dense or not len(entries.v)):
-            raise LifeCycleError(
-                f"{type(self).__name__} learns during fit how many entries train, which {trainer.world_size} processes "
-                "cannot follow: gradients are exchanged by sizes that are fixed before. Call identify(module, batches) "
-                "before fit, choose over='weights' with another score, or make the first part a run of one process."
-            )
         if not entries.settled and not entries.dense:
             self.renew(trainer, pl_module)
 
@@ -198,14 +193,15 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
 
     def renew(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score on training data and choose."""
-        optimizers, seen = optimizers_of(trainer.optimizers, [self.chooser(pl_module).entries.v]), copy.copy(self)
+        entries, seen = self.chooser(pl_module).entries, copy.copy(self)
+        optimizers = optimizers_of(trainer.optimizers, [entries.v])
         if self.score == "fisher":
             seen.batches = self.samples
+        given: AbstractContextManager[Iterable[Any]] = nullcontext(())
         if self.score in FROM_DATA:
-            with training_batches(seen, trainer, pl_module) as given:
-                scores = self.identify(pl_module, given, optimizers=optimizers)
-        else:
-            scores = self.identify(pl_module, optimizers=optimizers)
+            given = training_batches(seen, trainer, pl_module)
+        with resized(trainer, pl_module, entries), given as batches:
+            scores = self.identify(pl_module, batches, optimizers=optimizers)
         self.draw_scores(trainer, pl_module, scores)
 
     def switch_at(self, trainer: pl.Trainer) -> int:
@@ -221,7 +217,8 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         super().on_train_batch_end(trainer, pl_module, *rest)
         chooser = self.chooser(pl_module)
         if chooser.entries.dense and self.steps >= vars(self).get("_switch", math.inf):
-            scores = self.by_change(pl_module)
+            with resized(trainer, pl_module, chooser.entries):
+                scores = self.by_change(pl_module)
             heads = state.get_applied(pl_module, self.name_on_model).selected
             forget([*chooser.entries.parameters(), *(head.parameter for head in heads)], trainer.optimizers)
             self.draw_scores(trainer, pl_module, scores)
@@ -260,6 +257,15 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
                 import wandb
 
                 logger.experiment.log({f"{self.name_on_model}/scores": wandb.Html(picture, inject=False)})
+
+
+@contextmanager
+def resized(trainer: pl.Trainer, pl_module: pl.LightningModule, entries: Entries) -> Iterator[None]:
+    """Within it, parameters may come to another size."""
+    before = [p.shape for p in entries.parameters()]
+    yield
+    if [p.shape for p in entries.parameters()] != before:
+        wrap_again(trainer, pl_module)
 
 
 def end_of(name: str, priming: float, trainer: pl.Trainer) -> int:
