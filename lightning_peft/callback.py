@@ -421,6 +421,6 @@ def add_losses(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 def warn_without_gradient(pl_module: pl.LightningModule) -> None:
     """Name what the first backward did not reach: most often a part of the model that the loss does not use."""
-    missing = [name for name, p in state.trainable(pl_module).items() if p.grad is None]
+    missing = [name for name, p in state.trainable(pl_module).items() if p.grad is None and p.numel()]
     if missing:
         log.warning("%d trainable parameters got no gradient in the first backward: %s", len(missing), missing[:5])

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import LTSFT, DiffPruning, FishMask, LoRA, SelectiveTuning, load_adapter, save_adapter
+from lightning_peft import LTSFT, DiffPruning, FishMask, LoRA, SelectiveTuning, Surgical, load_adapter, save_adapter
 from lightning_peft.callback import LifeCycleError
 from lightning_peft.core import heat_map, scores, state
 from lightning_peft.core.calibration import CalibrationError
@@ -475,13 +475,20 @@ def test_resumed_in_each_phase_to_the_bit(name: str, tmp_path: Path) -> None:
     method = METHODS[name]()
     through = fit(tmp_path / "a", method, max_steps=10)
     check_masked(through, method)
-    for step in (3, 7):
+    for step in (3, 7, 8):  # the eighth ends an epoch
         other = METHODS[name]()
         resumed = fit(tmp_path / f"b{step}", other, tmp_path / "a" / f"step={step}.ckpt", max_steps=10)
         one, two = state.saved(through), state.saved(resumed)
         assert set(one) == set(two)
         assert all(torch.equal(one[n], two[n]) for n in one)
         assert resumed.losses[-1] == through.losses[-1]
+
+
+def test_rates_are_taken_after_a_resume_from_the_end_of_an_epoch(tmp_path: Path) -> None:
+    through = fit(tmp_path / "a", Surgical(rate="rgn"), max_steps=10)
+    resumed = fit(tmp_path / "b", Surgical(rate="rgn"), tmp_path / "a" / "step=8.ckpt", max_steps=10)
+    one, two = state.saved(through), state.saved(resumed)
+    assert all(torch.equal(one[n], two[n]) for n in one)
 
 
 def test_lt_sft_chooses_what_moved_most_rewinds_and_begins_anew(tmp_path: Path) -> None:
@@ -594,6 +601,14 @@ def test_moments_in_codes_begin_anew_with_another_choice() -> None:
 def test_a_share_of_a_run_without_an_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LifeCycleError, match="without an end"):
         fit(tmp_path, LTSFT(), max_epochs=-1)
+
+
+def test_loops_that_cannot_be_looked_at_are_errors_with_a_way_out(tmp_path: Path) -> None:
+    for method, remedy in ((SelectiveTuning(), r"Call identify\(module"), (Surgical(rate="rgn"), "need no data")):
+        module = boring.Boring()
+        module.automatic_optimization = False
+        with pytest.raises(LifeCycleError, match=f"steps of its own.*{remedy}"):
+            boring.trainer(tmp_path, [method]).fit(module, boring.data(), boring.data(6, shuffle=False))
 
 
 def test_heads_inside_the_budget() -> None:

@@ -69,17 +69,19 @@ class CalibratedLoRA(StartedLoRA):
 @contextmanager
 def training_batches(method: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterator[Any]]:
     """The first `method.batches` as the loop would give them; what is drawn meanwhile is no part of the run."""
+    by_hand = next((name for name in ("calibrate", "identify") if hasattr(method, name)), None)
+    remedy = f"Call {by_hand}(module, batches, run) before fit, run(batch, index) -> loss."
+    remedy = remedy if by_hand else "Choose settings that need no data."
     if not pl_module.automatic_optimization:
         raise LifeCycleError(
-            f"{type(method).__name__} takes its start from training_step, and this one makes optimizer steps of its "
-            "own (automatic_optimization=False). Call calibrate(module, batches, run) before fit, with a run(batch, "
-            "index) that gives the loss."
+            f"{type(method).__name__} looks at batches through training_step, and this one makes optimizer steps of "
+            f"its own (automatic_optimization=False). {remedy}"
         )
     loader: Any = trainer.train_dataloader
     if isinstance(loader, (dict, list, tuple)):
         raise LifeCycleError(
-            f"{type(method).__name__} takes its start from one training dataloader, and this run has {len(loader)}. "
-            "Call calibrate(module, batches) before fit."
+            f"{type(method).__name__} looks at batches of one training dataloader, and this run has {len(loader)}. "
+            f"{remedy}"
         )
     own = [(generator, generator.get_state()) for generator in loader_generators(trainer)]
     with isolate_rng(), trainer.precision_plugin.train_step_context():

@@ -184,8 +184,9 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         if not entries.settled and not entries.dense:
             self.renew(trainer, pl_module)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+        """Not at the start of an epoch, which Lightning does not tell after a resume from the end of the one before."""
+        super().on_train_batch_start(trainer, pl_module, *rest)
         epoch = trainer.current_epoch
         if self.every and epoch and epoch % self.every == 0 and vars(self).get("_chosen") != epoch:
             vars(self)["_chosen"] = epoch

@@ -68,8 +68,9 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
         chosen = {id(s.parameter) for s in state.get_applied(model, self.name_on_model).selected}
         return {name: p for name, p in state.trainable(model).items() if id(p) in chosen}
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Not at the start of an epoch, which Lightning does not tell after a resume from the end of the one before."""
+        super().on_train_batch_start(trainer, pl_module, *args)
         if self.rate == "same" or vars(self).get("_rated") == trainer.current_epoch:
             return
         named = self.own(pl_module)
