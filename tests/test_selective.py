@@ -8,6 +8,7 @@ import random
 import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boring
@@ -128,6 +129,43 @@ def test_fisher_is_of_single_examples_and_not_of_a_batch() -> None:
     of_batches = torch.cat(gradient(net(), given, square=True))
     assert (of_batches / expected.clamp(min=1e-12)).median() < 0.6  # the square of a mean is another, smaller score
     assert len(method.chooser(model).entries.v) == 9
+
+
+class Says(Net):
+    """Logits, as transformers' outputs hold them."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return SimpleNamespace(logits=self.down(self.drop(torch.tanh(self.norm(self.up(x))))))
+
+
+def test_fisher_that_is_expected_is_the_mean_over_what_the_model_predicts() -> None:
+    model = Says().double()
+    model.load_state_dict(net().state_dict())
+    xs = torch.cat([x for x, _ in batches()])[:7]
+    expected = [torch.zeros(p.shape).double() for p in model.parameters()]
+    for x in xs:
+        p = copy.deepcopy(model).eval()(x[None]).logits[0].softmax(0)
+        for y in range(3):
+            grads = gradient(net(), [(x[None], torch.tensor([y]))], square=True)
+            expected = [e + p[y].detach() * g.view_as(e) / len(xs) for e, g in zip(expected, grads, strict=True)]
+    method = FishMask(expect=True, samples=7, budget=0.1, heads=None)
+    method.apply(model)
+    found = torch.cat(method.identify(model, [x for x, _ in batches()])).double()
+    torch.testing.assert_close(found, torch.cat([e.flatten() for e in expected]), rtol=1e-5, atol=1e-9)
+
+
+def test_what_a_classifier_expects_is_asked_of_predictions(tmp_path: Path) -> None:
+    module, method = boring.Says(), FishMask(expect=True, samples=4)
+    boring.trainer(tmp_path, [method], max_steps=1).fit(module, boring.data(), boring.data(6, shuffle=False))
+    assert len(method.chooser(module).entries.v) == round(0.005 * method.chooser(module).entries.total)
+    method = FishMask(expect=True, budget=0.1)
+    method.apply(mute := boring.Boring())
+    with pytest.raises(LifeCycleError, match="no predictions"):
+        method.identify(mute, boring.data())
+    method = FishMask(expect=True, budget=0.1)
+    method.apply(llama := zoo.build("llama"))
+    with pytest.raises(CalibrationError, match="one prediction an example.*language models"):
+        method.identify(llama, [zoo.inputs("llama")])
 
 
 def test_looking_changes_nothing() -> None:
@@ -302,6 +340,7 @@ def test_relative_scores_of_units_are_ratios_of_norms() -> None:
     [
         ({"budget": 1.5}, FieldError, "a share up to 1"),
         ({"every": 2, "score": "change"}, FieldError, "a run of its own"),
+        ({"expect": True}, FieldError, "is for score='fisher'"),
         ({"l1": 0.1}, FieldError, "is for score='change'"),
         ({"over": "blocks", "within": "block"}, FieldError, "one unit"),
         ({"budget": 0.0001}, TargetError, "leaves room for 0 of 80"),

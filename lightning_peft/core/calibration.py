@@ -227,14 +227,18 @@ def counted(batch: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def call(model: nn.Module, batch: Any) -> Any:
+    """Of a model, with keywords, positions, or the batch itself."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
 def plain_run(model: nn.Module) -> Run:
-    """How a model is called with a batch: with keywords, positions, or the batch itself; its loss, where it has one."""
+    """The loss of a model's own call with a batch, where it has one."""
 
     def run(batch: Any, index: int) -> Tensor | None:
-        if isinstance(batch, Mapping):
-            out = model(**batch)
-        else:
-            out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        out = call(model, batch)
         return out if isinstance(out, Tensor) and out.dim() == 0 else getattr(out, "loss", None)
 
     return run

@@ -5,6 +5,7 @@ Scores are lists, one flat tensor for each candidate, in their order. Looking at
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,40 +163,77 @@ def untouched(model: nn.Module, candidates: Iterable[Candidate]) -> Iterator[lis
 
 
 def watch(
-    model: nn.Module, candidates: list[Candidate], batches: Iterable[Any], run: Run, samples: int | None = None
+    model: nn.Module,
+    candidates: list[Candidate],
+    batches: Iterable[Any],
+    run: Run,
+    samples: int | None = None,
+    expect: bool = False,
 ) -> tuple[Scores, int]:
-    """The mean gradient over batches, (n,) each; with `samples` the mean of squares over so many single examples."""
+    """The mean gradient over batches, (n,) each; with `samples` the mean of squares over so many single examples.
+
+    expect: of an example the mean of squares over the labels that the model expects; `run` then gives logits.
+    """
     totals = [torch.zeros(c.size, device=c.device) for c in candidates]
-    samples, count = samples if samples is None else my_share(samples), 0
+    parts, count, look = iter(batches), 0, gradients
+    if samples is not None:
+        parts = itertools.islice((one for batch in parts for one in examples(batch)), my_share(samples))
+        look = expected if expect else squared
     with untouched(model, candidates) as sources:
-        for batch in batches:
-            for part in [batch] if samples is None else examples(batch):
-                if count == samples:
-                    break
-                for total, g in zip(totals, gradients(run, part, count, sources), strict=True):
+        for count, part in enumerate(parts, 1):
+            for found in look(run, part, count - 1, sources):
+                for total, g in zip(totals, found, strict=True):
                     if g is not None:
-                        g = g.detach().float().reshape(-1)
-                        total.add_(g if samples is None else g.square())
-                count += 1
-            if count == samples:
-                break
+                        total.add_(g.reshape(-1))
     totals, count = reduced(totals, count)
     if not any(bool(total.any()) for total in totals):
         raise CalibrationError(f"{count} batches gave no gradient to what may be chosen. Give batches with labels.")
     return totals, count
 
 
+Gradients = Iterator[list[Tensor | None]]
+
+
+def gradients(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:
+    """dL/dt"""
+    with torch.enable_grad():
+        loss = run(part, index)
+    if loss is None or not loss.requires_grad:
+        raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
+    yield differentiated(loss, sources)
+
+
+def squared(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:
+    """(dL/dt)^2"""
+    for found in gradients(run, part, index, sources):
+        yield [None if g is None else g.square() for g in found]
+
+
+def expected(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:
+    """p(y) (d log p(y) / dt)^2 for every label y"""
+    with torch.enable_grad():
+        logits = run(part, index)
+        shape = () if logits is None or not logits.requires_grad else tuple(logits.shape)
+        if logits is None or not shape or not 1 < shape[-1] == logits.numel():
+            raise CalibrationError(
+                "What is expected is a sum over the labels of one prediction an example, whose logits are (1, classes) "
+                f"and have a gradient; these are {shape or 'none'}. Take the labels that are given (expect=False), as "
+                "language models need."
+            )
+        log_p = logits.flatten().log_softmax(0, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for y, p in enumerate(log_p.detach().exp()):
+        grads = differentiated(log_p[y], sources, keep=y + 1 < len(log_p))
+        yield [None if g is None else p.float() * g.square() for g in grads]
+
+
+def differentiated(y: Tensor, sources: list[Tensor], keep: bool = False) -> list[Tensor | None]:
+    found = torch.autograd.grad(y, sources, retain_graph=keep, allow_unused=True)
+    return [None if g is None else g.detach().float() for g in found]
+
+
 def my_share(count: int) -> int:
     """Of this rank, so that all ranks together have `count`."""
     return len(range(dist.get_rank(), count, dist.get_world_size())) if distributed() else count
-
-
-def gradients(run: Run, batch: Any, index: int, sources: list[Tensor]) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        loss = run(batch, index)
-    if loss is None or not loss.requires_grad:
-        raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
-    return torch.autograd.grad(loss, sources, allow_unused=True)
 
 
 def reduced(totals: Scores, count: int) -> tuple[Scores, int]:

@@ -12,8 +12,9 @@ class FishMask(SelectiveTuning, name="fish", family="selective", paper="2111.098
 
     `SelectiveTuning` with the empirical Fisher information of `samples` single examples (the square of each gradient,
     not of a batch's mean), in eval mode, and the share `budget` of all candidates together: 0.5 %. y is the label of
-    the example; the loss of a language model is the mean over its tokens. heads_in_budget: as in the authors' code,
-    whose budget holds the classifier that trains as a whole. Source: section 3.
+    the example; the loss of a language model is the mean over its tokens. expect: the Fisher information itself, mean_x
+    sum_y p(y|x) (d log p(y|x) / d theta)^2, with a backward pass for each class of a classifier. heads_in_budget: as in
+    the authors' code, whose budget holds the classifier that trains as a whole. Source: section 3.
     """
 
     score: Score = "fisher"

@@ -22,7 +22,7 @@ from lightning_peft.callback import PEFT, LifeCycleError, wrap_again
 from lightning_peft.core import heat_map, state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.budget import in_steps
-from lightning_peft.core.calibration import Run, plain_run
+from lightning_peft.core.calibration import Run, call, plain_run
 from lightning_peft.core.fields import FieldError, not_negative, positive
 from lightning_peft.core.method import Scope, head_modules
 from lightning_peft.core.moved import whole_modules
@@ -30,6 +30,7 @@ from lightning_peft.core.restart import optimizers_of
 from lightning_peft.core.scattered import Entries, Scattered, forget
 from lightning_peft.core.scores import FROM_DATA, Candidate, Choice, Chooser, Over, Scores, Within, watch
 from lightning_peft.core.sites import Site, Sites, TargetError
+from lightning_peft.extra_loss import PLACE
 from lightning_peft.methods.calibrated import quiet, step_of, training_batches
 
 log = logging.getLogger("lightning_peft")
@@ -49,6 +50,8 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
     mean of g^2 over `samples` single examples, "change" |t - t_0| after a share `priming` of the run (or so many steps)
     in which every candidate trains, with `l1` times their mean |t - t_0| added to the loss, or "random". g is the mean
     over `batches` of the training data, seen at the start of `fit` or given to `identify`; none is chosen before.
+    expect: for "fisher", the squares are averaged over the labels, too, by the model's own p(y|x), and not taken of the
+    given one.
     over: single weights, or rows (an output of a module with its bias), tensors, blocks as a whole, by the mean of
     their scores (mean=False: the sum). select: the "top" ones, or those above a `threshold`, within the budget.
     within: of all together, or of each block or tensor by its size. budget: a share of the candidates, a number of
@@ -70,6 +73,7 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
     heads_in_budget: bool = False
     batches: int = 8
     samples: int = 1024
+    expect: bool = False
     priming: float = 0.5
     l1: float = 0.0
     every: int = 0
@@ -87,6 +91,8 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
             raise FieldError(f"{name}(budget={self.budget}): expected a share up to 1, or measure='parameters'.")
         if self.every and self.score == "change":
             raise FieldError(f"{name}(every={self.every}): score='change' needs a run of its own for each choice.")
+        if self.expect and self.score != "fisher":
+            raise FieldError(f"{name}(expect=True) is for score='fisher', and this is {self.score!r}. Leave it out.")
         if self.l1 and self.score != "change":
             raise FieldError(f"{name}(l1={self.l1}) is for score='change', where every candidate trains. Leave it out.")
         if (self.over, self.within) in (("tensors", "tensor"), ("blocks", "tensor"), ("blocks", "block")):
@@ -147,19 +153,18 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
     ) -> Scores:
         """Score by these batches and choose anew; before `fit`, or without a Trainer. The scores, flat, by candidate.
 
-        run(batch, index) -> loss; by default a LightningModule's training_step, else the model's own call. Weights,
-        gradients, buffers, modes and random numbers are what they were. optimizers: whose moments of v are to follow.
+        run(batch, index) -> loss; by default a LightningModule's training_step, else the model's own call. With
+        `expect`, run(batch, index) -> logits; by default the LightningModule's predictions(batch), else those of the
+        model's output. Weights, gradients, buffers, modes and random numbers are what they were. optimizers: whose
+        moments of v are to follow.
         """
         chooser, found = self.chooser(model), list[Tensor]()
         if self.score in FROM_DATA:
             samples = self.samples if self.score == "fisher" else None
             lightning = isinstance(model, pl.LightningModule) and run is None
-            with isolate_rng():
-                if lightning:
-                    with quiet(model):  # type: ignore[arg-type]
-                        found, _ = watch(model, chooser.candidates, batches, step_of(model), samples)  # type: ignore[arg-type]
-                else:
-                    found, _ = watch(model, chooser.candidates, batches, run or plain_run(model), samples)
+            run = run or (logits_of(model) if self.expect else step_of(model) if lightning else plain_run(model))  # type: ignore[arg-type]
+            with isolate_rng(), quiet(model) if lightning else nullcontext():  # type: ignore[arg-type]
+                found, _ = watch(model, chooser.candidates, batches, run, samples, self.expect)
         if self.score == "change":
             return self.by_change(model)
         return chooser.choose(found, optimizers)
@@ -258,6 +263,24 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
                 import wandb
 
                 logger.experiment.log({f"{self.name_on_model}/scores": wandb.Html(picture, inject=False)})
+
+
+def logits_of(model: nn.Module) -> Run:
+    """What a model predicts of a batch."""
+    predictions: Any = getattr(model, PLACE, None)
+    if predictions is None and isinstance(model, pl.LightningModule):
+        raise LifeCycleError(
+            f"expect=True needs logits, and {type(model).__name__} has no predictions(batch) -> (logits, labels). Give "
+            "it one, or call identify(module, batches, run) before fit, run(batch, index) -> logits."
+        )
+
+    def run(batch: Any, index: int) -> Tensor | None:
+        if predictions is not None:
+            return predictions(batch)[0]
+        out = call(model, batch)
+        return out if isinstance(out, Tensor) else getattr(out, "logits", None)
+
+    return run
 
 
 @contextmanager
