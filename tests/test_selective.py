@@ -381,6 +381,65 @@ def test_a_tensor_tied_to_one_left_out_is_left_out() -> None:
     assert len(tied) == 1  # once
 
 
+PACKED = {"gpt2": ("attn.c_attn", 1), "encoder": ("self_attn.in_proj_", 0)}  # where q, k and v are, and along what
+
+
+def of_q_and_v(model: str, name: str, p: Tensor) -> Tensor:
+    """A mask, from what is known of the layouts."""
+    mask, (packed, dim) = torch.zeros(p.shape, dtype=torch.bool), PACKED[model]
+    if packed in name:
+        q, _, v = mask.chunk(3, dim if p.dim() == 2 else 0)
+        q.fill_(True), v.fill_(True)
+    return mask
+
+
+def slices_of(model: str, adapted: nn.Module) -> tuple[Tensor, Tensor]:
+    """theta_0 and theta of the entries of q and v, flat; everything else is checked to be the base's."""
+    found, now = list[tuple[Tensor, Tensor]](), effective(adapted)
+    for name, p in zoo.build(model).named_parameters():
+        mask = of_q_and_v(model, name, p)
+        assert torch.equal(now[name][~mask], p[~mask])
+        found.append((p.detach()[mask], now[name][mask]))
+    return torch.cat([one for one, _ in found]), torch.cat([other for _, other in found])
+
+
+@pytest.mark.parametrize("model", PACKED)
+def test_slices_of_packed_projections_are_candidates(model: str) -> None:
+    for over in ("weights", "rows"):
+        method = SelectiveTuning(score="magnitude", over=over, targets="q,v", budget=0.3, heads=None)  # type: ignore[arg-type]
+        method.apply(adapted := zoo.build(model))
+        perturb(adapted, scale=1.0)
+        before, now = slices_of(model, adapted)
+        chosen, count = now != before, round(0.3 * len(before))
+        assert method.chooser(adapted).entries.total == len(before)
+        if over == "weights":
+            best = before.abs().sort(descending=True, stable=True).indices[:count]
+            assert torch.equal(chosen, torch.zeros(len(before)).index_fill(0, best, 1) > 0)
+            continue
+        assert 0.25 * len(before) < int(chosen.sum()) <= count
+        mask = torch.zeros(method.chooser(adapted).entries.ends[-1]).index_fill(
+            0, method.chooser(adapted).entries.index.long(), 1
+        )
+        first = method.chooser(adapted).candidates[0]
+        rows = mask[: first.shape.numel()].view(first.shape).movedim(PACKED[model][1], 0)
+        assert torch.equal(rows.any(1), rows.all(1))
+
+
+@pytest.mark.parametrize("model", PACKED)
+@pytest.mark.parametrize("kind", [LTSFT, DiffPruning])
+def test_slices_that_train_as_a_whole_before_the_choice(model: str, kind: Any) -> None:
+    method = kind(targets="q,v", exclude=None, budget=0.2, heads=None)
+    method.apply(adapted := zoo.build(model))
+    perturb(adapted.eval())
+    before, moved = slices_of(model, adapted)
+    assert len(before) == method.chooser(adapted).entries.total
+    assert (before != moved).float().mean() > 0.9
+    method.chooser(adapted).keep = True
+    method.identify(adapted)
+    best = (moved - before).abs().topk(round(0.2 * len(before))).indices
+    torch.testing.assert_close(slices_of(model, adapted)[1], before.index_copy(0, best, moved[best]))
+
+
 # ------------------------------------------------------------------ the moved tensors
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("bias", [False, True])

@@ -126,11 +126,15 @@ def whole_modules(sites: Sites, heads: dict[str, nn.Module]) -> Iterator[tuple[S
         if site.part is not None or site.columns is not None or id(module) in seen:
             continue
         seen.add(id(module))
-        inside = isinstance(module, nn.MultiheadAttention)
-        named = {n: p for n, p in module.named_parameters(recurse=inside) if ".adapters." not in f".{n}"}
-        coded = [name for name in named if state.is_codes(module, name)]
-        for name in coded:  # known by its shape
-            whole = state.asked_about(module, name, named.pop(name))
-            named = {"weight": whole, **named}
-        if named:
+        if named := own_parameters(module):
             yield site, named
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Of one module; of nn.MultiheadAttention with those of its output projection. A weight in codes is a shape."""
+    inside = isinstance(module, nn.MultiheadAttention)
+    named = {n: p for n, p in module.named_parameters(recurse=inside) if ".adapters." not in f".{n}"}
+    for name in [name for name in named if state.is_codes(module, name)]:
+        whole = state.asked_about(module, name, named.pop(name))
+        named = {"weight": whole, **named}
+    return named

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,27 +20,71 @@ from lightning_peft.core.moved import Moved
 from lightning_peft.core.quantised import is_quantised
 
 
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """The part of a tensor of this shape that some of its outputs are made with: `lines` along `dim`"""
+
+    shape: torch.Size
+    dim: int
+    lines: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Slice:
+        """mask: True for all entries of the outputs, which are rows or columns"""
+        rows = mask.reshape(len(mask), -1)
+        dim = 0 if torch.equal(rows.all(1), rows.any(1)) else 1
+        return cls(mask.shape, dim, rows.any(1 - dim).nonzero().flatten())
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel() // self.shape[self.dim] * len(self.lines)
+
+    def places(self, device: torch.device) -> Tensor:
+        """(size,) ascending: where they are in the flat tensor"""
+        everything = torch.arange(self.shape.numel(), device=device).view(self.shape)
+        return everything.index_select(self.dim, self.lines.to(device)).flatten()
+
+
 class Entries(nn.Module):
     """v (K,): the change of K entries of all tensors, laid one after the other; index (K,): which, ascending
 
-    An empty index says that nothing is chosen yet, and v is of no effect; unless `dense`, where v holds all entries.
+    An empty index says that nothing is chosen yet, and v is of no effect; unless `dense`, where v holds all entries
+    that there are to choose from. slices: number of a tensor -> the part of it that they are.
     """
 
     index: Tensor
 
-    def __init__(self, sizes: list[int], count: int) -> None:
+    def __init__(self, sizes: list[int], count: int, slices: dict[int, Slice] | None = None) -> None:
         super().__init__()
+        self.slices = slices or {}
         self.ends = list(itertools.accumulate(sizes))
         self.starts = [end - size for end, size in zip(self.ends, sizes, strict=True)]
+        rooms = (self.slices[n].size if n in self.slices else size for n, size in enumerate(sizes))
+        self.rooms = [0, *itertools.accumulate(rooms)]  # where the candidates of each tensor begin among all
         self.v = nn.Parameter(torch.empty(count))
-        dtype = torch.int32 if self.total < 2**31 else torch.int64
+        dtype = torch.int32 if self.ends[-1] < 2**31 else torch.int64
         self.register_buffer("index", torch.zeros(0, dtype=dtype))
         self.cuts = [0] * (len(sizes) + 1)  # where the entries of each tensor begin in v
         self.dense, self.l1 = False, 0.0
 
     @property
     def total(self) -> int:
-        return self.ends[-1]
+        """How many entries there are to choose from."""
+        return self.rooms[-1]
+
+    def places(self, number: int) -> Tensor | None:
+        """Where the candidates of a tensor are within it; None where all of it is."""
+        part = self.slices.get(number)
+        return None if part is None else part.places(self.v.device)
+
+    def among_all(self, index: Tensor) -> Tensor:
+        """Numbers among the candidates -> among all entries of the tensors."""
+        cuts = torch.searchsorted(index.contiguous(), torch.tensor(self.rooms)).tolist()
+        out = []
+        for number, start in enumerate(self.starts):
+            own, places = index[cuts[number] : cuts[number + 1]] - self.rooms[number], self.places(number)
+            out.append(start + (own if places is None else places.cpu()[own]))
+        return torch.cat(out)
 
     @property
     def settled(self) -> bool:
@@ -49,7 +94,7 @@ class Entries(nn.Module):
     def of(self, number: int) -> tuple[Tensor | None, Tensor] | None:
         """Places within the tensor of this number (None for all of them) and their change; None for no change."""
         if self.dense:
-            return None, self.v[self.starts[number] : self.ends[number]]
+            return self.places(number), self.v[self.rooms[number] : self.rooms[number + 1]]
         first, last = self.cuts[number], self.cuts[number + 1]
         if first == last:
             return None
@@ -87,13 +132,13 @@ class Entries(nn.Module):
         """As if the same share of every tensor were chosen: what sizes and plans need of a model without numbers."""
         count = len(self.v)
         self.index = self.index.new_empty(count, device="meta")
-        self.cuts = [0, *(count * end // self.total for end in self.ends)]
+        self.cuts = [0, *(count * end // self.ends[-1] for end in self.ends)]
 
     def expect(self, index: Tensor | None, values: Tensor | None) -> None:
         """Take the sizes and the choice of what is about to be loaded, where it fits these tensors."""
         if values is None or index is None or values.dim() != 1 or index.dim() != 1 or self.v.is_meta:
             return
-        fits = len(index) == len(values) and (not len(index) or int(index.max()) < self.total)
+        fits = len(index) == len(values) and (not len(index) or int(index.max()) < self.ends[-1])
         if fits or not len(index):
             self.dense = not len(index) and len(values) == self.total
             self.take(index, torch.zeros(len(values)))
@@ -105,7 +150,7 @@ class Entries(nn.Module):
 
     def note(self, index: Tensor) -> None:
         """Where the entries of each tensor are, as numbers: what is compiled or run later looks at no value."""
-        bounds = torch.tensor([*self.starts, self.total], dtype=torch.int64)
+        bounds = torch.tensor([*self.starts, self.ends[-1]], dtype=torch.int64)
         self.cuts = torch.searchsorted(index.detach().cpu().long().contiguous(), bounds).tolist()
 
 

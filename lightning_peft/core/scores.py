@@ -76,11 +76,22 @@ class Candidate:
         else:
             theta = self.parameter.detach().float()
         found = self.adapter.of(self.attribute) if self.adapter.entries.settled else None
-        return (theta if found is None else scattered(theta, found[0], found[1].detach())).reshape(-1)
+        return self.take(theta if found is None else scattered(theta, found[0], found[1].detach()))
+
+    @property
+    def number(self) -> int:
+        return self.adapter.names[self.attribute]
 
     @property
     def size(self) -> int:
-        return self.shape.numel()
+        """How many entries may be chosen."""
+        rooms = self.adapter.entries.rooms
+        return rooms[self.number + 1] - rooms[self.number]
+
+    def take(self, values: Tensor) -> Tensor:
+        """Of as many values as the tensor has, those of entries that may be chosen, flat."""
+        places, values = self.adapter.entries.places(self.number), values.reshape(-1)
+        return values if places is None else values[places.to(values.device)]
 
     @property
     def groups(self) -> int:
@@ -97,7 +108,7 @@ class Candidate:
         index = torch.arange(self.rows)
         if self.turned:
             index = index.view(self.groups, -1).repeat_interleave(self.shape[0] // self.groups, 0).flatten()
-        return index.repeat_interleave(max(self.size // max(len(index), 1), 1))
+        return self.take(index.repeat_interleave(max(self.shape.numel() // max(len(index), 1), 1)))
 
     @property
     def outputs(self) -> tuple[str, str, int]:
@@ -182,9 +193,9 @@ def watch(
     with untouched(model, candidates) as sources:
         for count, part in enumerate(parts, 1):
             for found in look(run, part, count - 1, sources):
-                for total, g in zip(totals, found, strict=True):
+                for c, total, g in zip(candidates, totals, found, strict=True):
                     if g is not None:
-                        total.add_(g.reshape(-1))
+                        total.add_(c.take(g))
     totals, count = reduced(totals, count)
     if not any(bool(total.any()) for total in totals):
         raise CalibrationError(f"{count} batches gave no gradient to what may be chosen. Give batches with labels.")
@@ -438,10 +449,12 @@ class Chooser:
             held = [index]
             dist.broadcast_object_list(held, 0)
             index = held[0]
+        values = None if values is None else values[index.to(values.device)]
+        index = self.entries.among_all(index)
         if self.entries.settled:
             rechosen(self.entries, index, optimizers)
         else:
-            self.entries.choose(index, None if values is None else values[index.to(values.device)])
+            self.entries.choose(index, values)
 
     @torch.no_grad()
     def by_change(self) -> Scores:

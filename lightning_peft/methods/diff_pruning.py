@@ -17,7 +17,7 @@ from lightning_peft.core.fields import FieldError, not_negative
 from lightning_peft.core.hashed import WORD, key_of, uniform
 from lightning_peft.core.init import Draw
 from lightning_peft.core.method import Method
-from lightning_peft.core.scattered import Entries, Scattered
+from lightning_peft.core.scattered import Entries, Scattered, Slice
 from lightning_peft.methods.selective import Score, SelectiveTuning
 
 LOW, HIGH, EDGE = -1.5, 1.5, 1e-4  # l, r, and how far u stays from 0 and 1
@@ -37,8 +37,11 @@ class Gated(Entries):
 
     step: Tensor
 
-    def __init__(self, sizes: list[int], start: float, structured: bool, weight: float, seed: int) -> None:
-        super().__init__(sizes, sum(sizes))
+    def __init__(
+        self, sizes: list[int], slices: dict[int, Slice], start: float, structured: bool, weight: float, seed: int
+    ) -> None:
+        super().__init__(sizes, 0, slices)
+        self.v = nn.Parameter(torch.empty(self.total))
         self.start, self.weight, self.key, self.exact = start, weight, key_of(seed, "diff_pruning"), False
         self.alpha = nn.Parameter(torch.empty(self.total))
         self.group = nn.Parameter(torch.empty(len(sizes))) if structured else None
@@ -64,11 +67,11 @@ class Gated(Entries):
         found = super().of(number)
         if not self.dense or found is None:
             return found
-        first, last = self.starts[number], self.ends[number]
+        first, last = self.rooms[number], self.rooms[number + 1]
         z = gate(self.alpha[first:last], self.u(first, last - first))
         if self.group is not None:
             z = z * gate(self.group[number : number + 1], self.u(self.total + number, 1))
-        return None, found[1] * z
+        return found[0], found[1] * z
 
     def penalty(self) -> Tensor | None:
         """lambda times the expected number of gates that are not zero"""
@@ -78,7 +81,7 @@ class Gated(Entries):
         open_ = torch.sigmoid(self.alpha - shift)
         if self.group is None:
             return self.weight * open_.sum()
-        sizes = torch.tensor(self.ends, device=open_.device) - torch.tensor(self.starts, device=open_.device)
+        sizes = torch.tensor(self.rooms, device=open_.device).diff()
         return self.weight * (open_ * torch.sigmoid(self.group - shift).repeat_interleave(sizes)).sum()
 
     @contextmanager
@@ -97,7 +100,7 @@ class Gated(Entries):
         with self.still():
             change = torch.cat([self.of(number)[1] for number in range(len(self.ends))])  # type: ignore[index]
         index = change.nonzero().flatten() if change.any() else torch.zeros(1, dtype=torch.int64, device=change.device)
-        return index.to(self.index), change[index]
+        return self.among_all(index.cpu()).to(self.index), change[index]
 
     def take(self, index: Tensor, values: Tensor) -> None:
         super().take(index, values)
@@ -156,8 +159,8 @@ class DiffPruning(SelectiveTuning, name="diff_pruning", family="selective", pape
                 f"DiffPruning(score={self.score!r}, l1={self.l1}): gates choose by change. Leave them out."
             )
 
-    def entries(self, sizes: list[int], count: int) -> Entries:
-        return Gated(sizes, self.alpha, self.structured, self.penalty, self.seed)
+    def entries(self, sizes: list[int], count: int, slices: dict[int, Slice]) -> Entries:
+        return Gated(sizes, slices, self.alpha, self.structured, self.penalty, self.seed)
 
     def scatter(self, entries: Any, names: dict[str, int], shapes: dict[str, torch.Size]) -> Scattered:
         return GatedScatter(entries, names, shapes)

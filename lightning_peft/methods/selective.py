@@ -5,6 +5,7 @@ Scaling Down to Scale Up, 2023 (section on selective methods). https://arxiv.org
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -24,10 +25,10 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.budget import in_steps
 from lightning_peft.core.calibration import Run, call, plain_run
 from lightning_peft.core.fields import FieldError, not_negative, positive
-from lightning_peft.core.method import Scope, head_modules
-from lightning_peft.core.moved import whole_modules
+from lightning_peft.core.method import Scope, head_modules, owns, rows_of
+from lightning_peft.core.moved import own_parameters, whole_modules
 from lightning_peft.core.restart import optimizers_of
-from lightning_peft.core.scattered import Entries, Scattered, forget
+from lightning_peft.core.scattered import Entries, Scattered, Slice, forget
 from lightning_peft.core.scores import FROM_DATA, Candidate, Choice, Chooser, Over, Scores, Within, watch
 from lightning_peft.core.sites import Site, Sites, TargetError
 from lightning_peft.extra_loss import PLACE
@@ -43,8 +44,8 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
 
     v is kept as a vector of the chosen entries, from zero: the base at step 0. Its gradient, the moments of an
     optimizer and files are of the chosen entries only, and theta_0 itself is never written to. Weight decay draws v to
-    zero, not theta. targets: modules whose own parameters are candidates, as a whole; "*" for every one but heads that
-    train. A tensor that is tied to one left out is left out.
+    zero, not theta. targets: modules whose own parameters are candidates, or slices of packed ones ("q,v"); "*" for
+    every one but heads that train. A tensor that is tied to one left out is left out.
 
     score: "magnitude" |t|, "gradient" |g|, "sensitivity" |t g|, "movement" -t g, "relative" |g| / |t|, "fisher" the
     mean of g^2 over `samples` single examples, "change" |t - t_0| after a share `priming` of the run (or so many steps)
@@ -101,26 +102,30 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
     # -------------------------------------------------------------- what may train
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         heads = head_modules(sites.model, self)
-        chosen = list(without_ties(sites.model, list(whole_modules(sites, heads))))
+        slices: dict[int, Slice] = {}
+        found = [*whole_modules(sites, heads), *sliced_modules(sites, slices)]
+        chosen = list(without_ties(sites.model, found))
         tensors = {id(p): p for _, named in chosen for p in named.values() if p.is_floating_point()}
         if not tensors:
             raise TargetError(
-                f"{type(self).__name__}(targets={self.targets!r}) finds no tensor: it takes modules as a whole, and no "
-                "slices of packed projections. Name modules, such as '*.attn.c_attn', or '*'."
+                f"{type(self).__name__}(targets={self.targets!r}) finds no tensor of floating-point numbers that is "
+                "neither in a head nor tied to one left out. Name projections, norms or embeddings, or '*'."
             )
         own = {id(p): p.numel() for head in heads.values() for p in head.parameters()}
-        total, kind = sum(p.numel() for p in tensors.values()), self.score
+        parts = {number: slices[key] for number, key in enumerate(tensors) if key in slices}
+        sizes, kind = [p.numel() for p in tensors.values()], self.score
+        total = sum(parts[number].size if number in parts else size for number, size in enumerate(sizes))
         count = self.count(total, sum(own.values()))
         known = count if self.over == "weights" and self.select == "top" else 0
-        entries = self.entries([p.numel() for p in tensors.values()], total if kind == "change" else known)
+        entries = self.entries(sizes, total if kind == "change" else known, parts)
         entries.dense = kind == "change"
         threshold = self.threshold if self.select == "threshold" else None
         chooser = Chooser(entries, kind, Choice(count, self.over, self.within, threshold, self.mean), self.seed)
         yield from placed(self, chosen, tensors, entries, chooser)
 
-    def entries(self, sizes: list[int], count: int) -> Entries:
+    def entries(self, sizes: list[int], count: int, slices: dict[int, Slice]) -> Entries:
         """What all adapters share."""
-        entries = Entries(sizes, count)
+        entries = Entries(sizes, count, slices)
         entries.l1 = self.l1
         return entries
 
@@ -315,6 +320,26 @@ def without_ties(
     for site, named in chosen:
         if own := {name: p for name, p in named.items() if id(p) not in held}:
             yield site, own
+
+
+def sliced_modules(sites: Sites, slices: dict[int, Slice]) -> Iterator[tuple[Site, dict[str, nn.Parameter]]]:
+    """Each packed projection of which a part is chosen, once, and no whole; notes the parts by the tensors' ids."""
+    whole = {id(site.module) for site in sites if site.part is None and site.columns is None}
+    packed: dict[int, list[Site]] = {}
+    for site in sites:
+        if id(site.module) not in whole:
+            packed.setdefault(id(site.module), []).append(site)
+    for members in packed.values():
+        module, named = members[0].module, dict[str, nn.Parameter]()
+        for name, p in own_parameters(module).items():
+            path, _, leaf = name.rpartition(".")
+            masks = [rows_of(site, p) for site in members if owns(site, module.get_submodule(path), leaf)]
+            if masks:
+                named[name] = p
+                mask = torch.stack([m if isinstance(m, Tensor) else torch.ones(p.shape).bool() for m in masks]).any(0)
+                if not mask.all():
+                    slices[id(p)] = Slice.of(mask)
+        yield dataclasses.replace(members[0], columns=None, part=None, role=None), named
 
 
 def leaf_of(module: nn.Module, other: nn.Module) -> bool:
