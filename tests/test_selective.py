@@ -20,6 +20,8 @@ import torch.nn.functional as F
 import zoo
 from harness import output, perturb
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -245,6 +247,16 @@ def test_budgets_are_exact_and_local_ones_by_size() -> None:
         assert all(abs(part - count * size / 80) < 1 for part, size in zip(parts, sizes, strict=True))
         best, here = (all_scores[c.entries.index.long()].sum() for c in (chooser, local))
         assert best >= here  # a global choice has the largest total there is
+
+
+@pytest.mark.parametrize("fields", [{}, {"dtype": "float64"}, {"dtype": "bfloat16", "heads_in_budget": True}])
+def test_bytes_are_those_of_the_file(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = zoo.build("bert")
+    SelectiveTuning(score="random", budget=9999, measure="bytes", **fields).apply(model)
+    save_adapter(model, tmp_path / "a")
+    saved = load_file(tmp_path / "a" / "adapter.safetensors")
+    counted = [t.nbytes for name, t in saved.items() if fields.get("heads_in_budget") or "entries" in name]
+    assert 9999 - 12 < sum(counted) <= 9999
 
 
 def test_a_threshold_within_a_budget() -> None:
@@ -541,8 +553,9 @@ def check_masked(module: boring.Boring, method: Any) -> None:
         {"optimizer": "sgd"},
         {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
         {"precision": "bf16-mixed"},
+        {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))},  # type: ignore[attr-defined]
     ],
-    ids=["adamw", "sgd", "accumulation and clipping", "amp"],
+    ids=["adamw", "sgd", "accumulation and clipping", "bf16", "fp16 with a scaler"],
 )
 def test_entries_outside_of_the_mask_never_move(options: dict[str, Any], tmp_path: Path) -> None:
     method = SelectiveTuning(budget=0.02, batches=2)

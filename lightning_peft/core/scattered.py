@@ -62,8 +62,7 @@ class Entries(nn.Module):
         rooms = (self.slices[n].size if n in self.slices else size for n, size in enumerate(sizes))
         self.rooms = [0, *itertools.accumulate(rooms)]  # where the candidates of each tensor begin among all
         self.v = nn.Parameter(torch.empty(count))
-        dtype = torch.int32 if self.ends[-1] < 2**31 else torch.int64
-        self.register_buffer("index", torch.zeros(0, dtype=dtype))
+        self.register_buffer("index", torch.zeros(0, dtype=place_dtype(self.ends[-1])))
         self.cuts = [0] * (len(sizes) + 1)  # where the entries of each tensor begin in v
         self.dense, self.l1 = False, 0.0
 
@@ -152,6 +151,11 @@ class Entries(nn.Module):
         """Where the entries of each tensor are, as numbers: what is compiled or run later looks at no value."""
         bounds = torch.tensor([*self.starts, self.ends[-1]], dtype=torch.int64)
         self.cuts = torch.searchsorted(index.detach().cpu().long().contiguous(), bounds).tolist()
+
+
+def place_dtype(size: int) -> torch.dtype:
+    """Of a number below this one."""
+    return torch.int32 if size < 2**31 else torch.int64
 
 
 class Scattered(Moved):

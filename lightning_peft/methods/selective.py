@@ -25,10 +25,10 @@ from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.budget import in_steps
 from lightning_peft.core.calibration import Run, call, plain_run
 from lightning_peft.core.fields import FieldError, not_negative, positive
-from lightning_peft.core.method import Scope, head_modules, owns, rows_of
+from lightning_peft.core.method import DTYPES, Scope, head_modules, owns, rows_of
 from lightning_peft.core.moved import own_parameters, whole_modules
 from lightning_peft.core.restart import optimizers_of
-from lightning_peft.core.scattered import Entries, Scattered, Slice, forget
+from lightning_peft.core.scattered import Entries, Scattered, Slice, forget, place_dtype
 from lightning_peft.core.scores import FROM_DATA, Candidate, Choice, Chooser, Over, Scores, Within, watch
 from lightning_peft.core.sites import Site, Sites, TargetError
 from lightning_peft.extra_loss import PLACE
@@ -36,7 +36,6 @@ from lightning_peft.methods.calibrated import quiet, step_of, training_batches
 
 log = logging.getLogger("lightning_peft")
 Score = Literal["magnitude", "gradient", "sensitivity", "fisher", "movement", "relative", "change", "random"]
-ENTRY = 8  # bytes of an entry in a file: where it is, and its change
 
 
 class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15647", mergeable=True):
@@ -111,11 +110,12 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
                 f"{type(self).__name__}(targets={self.targets!r}) finds no tensor of floating-point numbers that is "
                 "neither in a head nor tied to one left out. Name projections, norms or embeddings, or '*'."
             )
-        own = {id(p): p.numel() for head in heads.values() for p in head.parameters()}
+        own = {id(p): p for head in heads.values() for p in head.parameters()}
         parts = {number: slices[key] for number, key in enumerate(tensors) if key in slices}
         sizes, kind = [p.numel() for p in tensors.values()], self.score
         total = sum(parts[number].size if number in parts else size for number, size in enumerate(sizes))
-        count = self.count(total, sum(own.values()))
+        place, change = place_dtype(sum(sizes)), DTYPES.get(self.dtype, next(iter(tensors.values())).dtype)
+        count = self.count(total, list(own.values()), place.itemsize + change.itemsize)
         known = count if self.over == "weights" and self.select == "top" else 0
         entries = self.entries(sizes, total if kind == "change" else known, parts)
         entries.dense = kind == "change"
@@ -133,14 +133,16 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         """The adapter at one module."""
         return Scattered(entries, names, shapes)
 
-    def count(self, total: int, heads: int) -> int:
-        """How many entries the budget has room for."""
-        whole = total + heads if self.heads_in_budget else total
-        count = round(self.budget * whole) if self.measure == "share" else int(self.budget)
-        count = count // ENTRY if self.measure == "bytes" else count
-        count -= heads if self.heads_in_budget else 0
+    def count(self, total: int, heads: list[nn.Parameter], entry: int) -> int:
+        """How many entries the budget has room for; entry: bytes that one takes in a file, its place and its change."""
+        within = heads if self.heads_in_budget else []
+        own = sum(p.numel() for p in within)
+        if self.measure == "bytes":
+            count = (int(self.budget) - sum(p.nbytes for p in within)) // entry
+        else:
+            count = (round(self.budget * (total + own)) if self.measure == "share" else int(self.budget)) - own
         if not 0 < count <= total:
-            taken = f" beside {heads} of heads" if self.heads_in_budget else ""
+            taken = f" beside {own} of heads" if self.heads_in_budget else ""
             raise TargetError(
                 f"{type(self).__name__}(budget={self.budget}, measure={self.measure!r}) leaves room for {count} of "
                 f"{total} entries{taken}. Choose another budget, or other targets."
