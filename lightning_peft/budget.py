@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core import projection, state
 from lightning_peft.core.codes import INTEGERS, Quantisation, decode, encode
+from lightning_peft.core.gradients import squared, summed, untouched
 from lightning_peft.core.lq import allocate, weighted
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.quantised import compensated, oriented, quantise_module
@@ -35,31 +36,21 @@ def fisher(
 ) -> dict[int, Tensor]:
     """id of a module -> mean over batches of the squared gradient of its weight, (d_out, d_in)
 
-    Of one example each, they are the diagonal of the Fisher information. loss(model, batch): a scalar. Errors:
-    QuantisationError, also for a weight that no batch gives a gradient.
+    Of one example each, they are the diagonal of the Fisher information. loss(model, batch): a scalar. The model is in
+    eval mode, and stays as it was. Errors: QuantisationError, also for a weight that no batch gives a gradient.
     """
     modules, held = adapted(model, label), list(batches)
     if not held:
         raise QuantisationError("fisher got no batches, so there is nothing to weigh errors by. Give some.")
     check_before(model)
     weights = [cast(nn.Parameter, m._parameters["weight"]) for m in modules]
-    flags = [(w, w.requires_grad) for w in weights]
-    sums, reached = [torch.zeros(w.shape, device=w.device) for w in weights], set[int]()
-    try:
-        for w in weights:
-            w.requires_grad_(True)
-        for batch in held:
-            gradients = torch.autograd.grad(loss(model, batch), weights, allow_unused=True)
-            for index, gradient in enumerate(gradients):
-                if gradient is not None:
-                    sums[index].add_(gradient.float().square(), alpha=1 / len(held))
-                    reached.add(index)
-    finally:
-        for w, flag in flags:
-            w.requires_grad_(flag)
-    if idle := [name for name, m in model.named_modules() if m in modules and modules.index(m) not in reached]:
+    with untouched(model):
+        sources: list[Tensor] = [w.requires_grad_(True) for w in weights]
+        sums, count = summed(lambda batch, index: loss(model, batch), held, sources, squared)
+    names = {id(m): name for name, m in model.named_modules()}
+    if idle := [names[id(m)] for m, total in zip(modules, sums, strict=True) if not total.any()]:
         raise QuantisationError(f"No batch gives {idle[:3]} a gradient. Give batches that do, or target others.")
-    return {id(m): oriented(m, total) for m, total in zip(modules, sums, strict=True)}
+    return {id(m): oriented(m, total / count) for m, total in zip(modules, sums, strict=True)}
 
 
 def quantise_within(

@@ -6,15 +6,15 @@ What an entry matters is its magnitude, or what was measured of it (`fisher`), s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_peft.core.architectures import features, is_conv1d, is_linear
-from lightning_peft.core.calibration import CalibrationError, Run, distributed, on_any_rank
+from lightning_peft.core.calibration import CalibrationError, Run
+from lightning_peft.core.gradients import squared, summed, untouched
 from lightning_peft.core.projection import base_weight
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.sites import Site
@@ -198,8 +198,7 @@ def fisher(
 ) -> tuple[dict[int, Tensor], int]:
     """id of a parameter -> the sum over batches of its squared gradient (d loss / d w)^2, and how many batches.
 
-    Weights in codes have no gradient, which is an error. Flags and gradients of the model stay as they are; everything
-    is in eval mode.
+    Weights in codes have no gradient, which is an error. The model stays as it is; everything is in eval mode.
     """
     modules = list(modules)
     if coded := sum(is_quantised(m) for m in {m for module in modules for m in module.modules()}):
@@ -208,33 +207,8 @@ def fisher(
             "Calibrate before the base is quantised, or take the scores from magnitudes (the default)."
         )
     chosen = {id(p): p for m in modules for p in m.parameters() if p.is_floating_point()}
-    flags, modes = [(p, p.requires_grad) for p in chosen.values()], {m: m.training for m in model.modules()}
-    total: dict[int, Tensor] = {}
-    count = 0
-    try:
-        model.eval()
-        for p in chosen.values():
-            p.requires_grad_(True)
-        for count, batch in enumerate(batches, 1):
-            for key, gradient in squared(run(batch, count - 1), chosen):
-                total[key] = total.get(key, 0) + gradient
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
-    if on_any_rank([] if total else ["none"]):
+    with untouched(model):
+        totals, count = summed(run, batches, [p.requires_grad_(True) for p in chosen.values()], squared)
+    if not any(bool(total.any()) for total in totals):
         raise CalibrationError(f"{count} batches gave no gradient to the blocks. Give batches with labels.")
-    if distributed():
-        for key, p in chosen.items():
-            total[key] = total.get(key, torch.zeros_like(p, dtype=torch.float32))
-            dist.all_reduce(total[key])
-    return total, count
-
-
-def squared(loss: Tensor | None, chosen: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    if loss is None or not loss.requires_grad:
-        raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
-    for key, g in zip(chosen, torch.autograd.grad(loss, list(chosen.values()), allow_unused=True), strict=True):
-        if g is not None:
-            yield key, g.float().square()
+    return dict(zip(chosen, totals, strict=True)), count

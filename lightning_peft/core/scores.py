@@ -6,8 +6,7 @@ Scores are lists, one flat tensor for each candidate, in their order. Looking at
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.calibration import CalibrationError, Run, distributed
+from lightning_peft.core.gradients import examples, expected, gradients, my_share, squared, summed, untouched
 from lightning_peft.core.init import Draw
 from lightning_peft.core.projection import base_weight
 from lightning_peft.core.quantised import is_quantised
@@ -139,40 +139,6 @@ def random(seed: int, number: int, like: Tensor) -> Tensor:
     return scores.to(like.device)
 
 
-@contextmanager
-def untouched(model: nn.Module, candidates: Iterable[Candidate]) -> Iterator[list[Tensor]]:
-    """Eval mode, and a tensor to differentiate by for each candidate; after it every module is what it was."""
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    probed = []
-    try:
-        model.eval()
-        sources: list[Tensor] = []
-        for c in candidates:
-            if c.codes:
-                sources.append(torch.zeros(c.shape, device=c.device, requires_grad=True))
-                c.adapter.probes[c.attribute] = sources[-1]
-                probed.append(c)
-            else:
-                sources.append(c.parameter.requires_grad_(True))
-        yield sources
-    finally:
-        for c in probed:
-            del c.adapter.probes[c.attribute]
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for m, own, held in before:  # modes and what a module counts; buffers that it replaced or made, with them
-            vars(m).clear()
-            vars(m).update(own)
-            m._buffers.clear()
-            m._buffers.update(held)
-        with torch.no_grad():
-            for b, value in buffers:
-                if not torch.equal(b, value):
-                    b.copy_(value)
-
-
 def watch(
     model: nn.Module,
     candidates: list[Candidate],
@@ -185,113 +151,25 @@ def watch(
 
     expect: of an example the mean of squares over the labels that the model expects; `run` then gives logits.
     """
-    totals = [torch.zeros(c.size, device=c.device) for c in candidates]
-    parts, count, look = iter(batches), 0, gradients
+    parts, look = iter(batches), gradients
     if samples is not None:
         parts = itertools.islice((one for batch in parts for one in examples(batch)), my_share(samples))
         look = expected if expect else squared
-    with untouched(model, candidates) as sources:
-        for count, part in enumerate(parts, 1):
-            for found in look(run, part, count - 1, sources):
-                for c, total, g in zip(candidates, totals, found, strict=True):
-                    if g is not None:
-                        total.add_(c.take(g))
-    totals, count = reduced(totals, count)
-    if not any(bool(total.any()) for total in totals):
+    with untouched(model):
+        totals, count = summed(run, parts, [source(c) for c in candidates], look)
+    scores = [c.take(total) / max(count, 1) for c, total in zip(candidates, totals, strict=True)]
+    if not any(bool(score.any()) for score in scores):
         raise CalibrationError(f"{count} batches gave no gradient to what may be chosen. Give batches with labels.")
-    return totals, count
+    return scores, count
 
 
-Gradients = Iterator[list[Tensor | None]]
-
-
-def gradients(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:
-    """dL/dt"""
-    with torch.enable_grad():
-        loss = run(part, index)
-    if loss is None or not loss.requires_grad:
-        raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
-    yield differentiated(loss, sources)
-
-
-def squared(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:
-    """(dL/dt)^2"""
-    for found in gradients(run, part, index, sources):
-        yield [None if g is None else g.square() for g in found]
-
-
-def expected(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:
-    """p(y) (d log p(y) / dt)^2 for every label y"""
-    with torch.enable_grad():
-        logits = run(part, index)
-        shape = () if logits is None or not logits.requires_grad else tuple(logits.shape)
-        if logits is None or not shape or not 1 < shape[-1] == logits.numel():
-            raise CalibrationError(
-                "What is expected is a sum over the labels of one prediction an example, whose logits are (1, classes) "
-                f"and have a gradient; these are {shape or 'none'}. Take the labels that are given (expect=False), as "
-                "language models need."
-            )
-        log_p = logits.flatten().log_softmax(0, dtype=torch.promote_types(logits.dtype, torch.float32))
-    for y, p in enumerate(log_p.detach().exp()):
-        grads = differentiated(log_p[y], sources, keep=y + 1 < len(log_p))
-        yield [None if g is None else p.float() * g.square() for g in grads]
-
-
-def differentiated(y: Tensor, sources: list[Tensor], keep: bool = False) -> list[Tensor | None]:
-    found = torch.autograd.grad(y, sources, retain_graph=keep, allow_unused=True)
-    return [None if g is None else g.detach().float() for g in found]
-
-
-def my_share(count: int) -> int:
-    """Of this rank, so that all ranks together have `count`."""
-    return len(range(dist.get_rank(), count, dist.get_world_size())) if distributed() else count
-
-
-def reduced(totals: Scores, count: int) -> tuple[Scores, int]:
-    """The mean over what all ranks saw, and how much that is."""
-    if distributed():
-        whole = torch.tensor(float(count), device=totals[0].device)
-        dist.all_reduce(whole)
-        count = int(whole)
-        for total in totals:
-            dist.all_reduce(total)
-    return [total / max(count, 1) for total in totals], count
-
-
-def examples(batch: Any) -> Iterator[Any]:
-    """The rows of a batch, as batches of one."""
-    sizes = {len(t) for t in tensors_of(batch) if t.dim()}
-    if len(sizes) != 1:
-        raise CalibrationError(
-            f"Gradients of single examples need batches whose tensors have one first dimension, and these have "
-            f"{sorted(sizes)}. Choose another score, or call `identify` with batches of one example."
-        )
-    for i in range(sizes.pop()):
-        yield row(batch, i)
-
-
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_of(item)
-
-
-def row(value: Any, i: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[i : i + 1] if value.dim() else value
-    if isinstance(value, Mapping):
-        items = {key: row(item, i) for key, item in value.items()}
-        return type(value)(items) if type(value) is not dict else items  # type: ignore[call-arg]
-    if isinstance(value, (list, tuple)):
-        tensors = any(True for _ in tensors_of(value))
-        items_ = [row(item, i) for item in value] if tensors else list(value[i : i + 1])
-        return type(value)(items_) if type(value) in (list, tuple) else type(value)(*items_)
-    return value
+def source(c: Candidate) -> Tensor:
+    """What to differentiate by, while the model is `untouched`."""
+    if not c.codes:
+        return c.parameter.requires_grad_(True)
+    zeros = torch.zeros(c.shape, device=c.device, requires_grad=True)
+    c.adapter.probes = {**c.adapter.probes, c.attribute: zeros}
+    return zeros
 
 
 # ------------------------------------------------------------------ choices
