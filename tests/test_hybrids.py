@@ -185,12 +185,55 @@ def test_groupings_of_s4_are_settings() -> None:
     }
 
 
+def test_a_group_of_s4_that_is_left_alone_gives_its_share_to_the_others() -> None:
+    net = zoo.build("gpt2")
+    total = sum(p.numel() for p in net.parameters())
+    blocks = by_block(S4(budget=0.1, groups=["none", "lora"], sizes=[1, 1], heads=None).apply(net))
+    assert set(blocks) == {"transformer.h.1"}
+    assert 0.1 * total - 4 * 32 < sum(blocks["transformer.h.1"].values()) <= 0.1 * total
+
+
+class Pair(nn.Module):
+    """A student, a teacher that was frozen, and something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = zoo.build("bert"), zoo.build("bert").requires_grad_(False)
+        self.more = nn.Linear(99, 99)
+
+
+def test_the_budget_of_s4_is_that_of_the_network_whose_blocks_it_groups(tmp_path: Path) -> None:
+    pair, alone = Pair(), zoo.build("bert")
+    S4(budget=0.3).apply(pair)
+    perturb(pair, scale=0.3)
+    assert not [name for name in state.trainable(pair) if not name.startswith("student.")]
+    save_adapter(pair, tmp_path / "a")
+    load_adapter(alone, tmp_path / "a")
+    assert torch.equal(output(alone, "bert"), output(pair.student, "bert"))
+
+
+def test_s4_counts_the_biases_of_the_base_only() -> None:
+    lone, second = zoo.build("bert"), zoo.build("bert")
+    UniPELT(**SMALL).apply(second)
+    for net in (lone, second):
+        S4(budget=0.3, groups=["bitfit,lora"], heads=None).apply(net)
+    sizes = [{n: p.shape for n, p in state.trainable(net).items() if ".s4_" in n} for net in (lone, second)]
+    assert sizes[0] == sizes[1]
+
+
+def test_s4_knows_the_roles_that_it_is_given() -> None:
+    net = S4(budget=0.4, groups=["lora"], roles={"q": "*.ask", "v": "*.tell"}).apply(zoo.build("mixer"))
+    assert set(by_block(net)) == {"steps.0", "steps.1"}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"budget": 0.0}, "budget=0.0"),
         ({"groups": ["lora", "nope"]}, "'nope' is no method here. Known: adapter"),
+        ({"groups": ["lora", "lora, lora"]}, "'lora, lora' names a method twice"),
         ({"sizes": [1, 2]}, "give a size"),
+        ({"groups": ["lora", "none"], "sizes": [0, 2]}, "at least one group with blocks and methods"),
     ],
 )
 def test_s4_with_values_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
@@ -202,6 +245,8 @@ def test_s4_on_models_that_cannot_take_it() -> None:
     for method, model, message in (
         (S4(), "bert", "parameters for .* which needs .* at least. Raise the budget"),
         (S4(sizes=[1, 1, 1, 1]), "bert", "4 blocks in groups, and there are 2"),
+        (S4(sizes=[1, 1, 0, 0], budget=0.3), "t5", "2 blocks in groups, and there are 3 in 'decoder'"),
+        (S4(budget=0.4), "mixer", "puts lora into 'steps.0', where it finds no place: .*'up'.* are known"),
         (S4(), "mlp", "none are known"),
     ):
         with pytest.raises(TargetError, match=message):

@@ -18,15 +18,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_peft import (
+    FAR,
     IA3,
+    SPAFIT,
     BitFit,
     FullFineTuning,
     LinearProbe,
+    LNTuning,
     LoRA,
     LoReFT,
     NF4Precision,
     PEFTSingleDeviceStrategy,
     PrefixTuning,
+    Surgical,
+    TopLayers,
     load_adapter,
     load_checkpoint,
     save_adapter,
@@ -508,6 +513,14 @@ def test_a_frozen_teacher_is_left_alone(tmp_path: Path) -> None:
 def test_what_has_no_parameters_is_not_called_frozen() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
     assert [site.name for site in outside_frozen_networks(net, sites(net, "*"))] == ["0", "1", "2"]
+
+
+def test_a_frozen_teacher_keeps_what_selective_methods_train_elsewhere() -> None:
+    everywhere = [BitFit(), BitFit(layers=[0]), BitFit(targets="q"), LNTuning(), FullFineTuning(), FAR()]
+    for method in [*everywhere, TopLayers(k=1), Surgical(shift="output"), SPAFIT(frozen=0, biased=1)]:
+        module = Pair()
+        method.apply(module)
+        assert {name.partition(".")[0] for name in state.trainable(module)} == {"net"}, method
 
 
 def test_a_model_frozen_as_a_whole_is_adapted_all_the_same(tmp_path: Path) -> None:

@@ -306,19 +306,27 @@ def _plan(part: Method, model: nn.Module) -> Iterator[tuple[Site, Adapter]]:
         yield site, adapter
 
 
-def outside_frozen_networks(model: nn.Module, found: Sites) -> list[Site]:
+def outside_frozen_networks(model: nn.Module, found: Iterable[Site]) -> list[Site]:
     """Leave out a network that was frozen as a whole (a teacher) where there are sites in one that was not.
 
     What has no parameters (an activation, a metric) cannot be frozen.
     """
+    found = list(found)
     before = state.trainable_before(model)
     networks = {site.name.partition(".")[0] for site in found}
     held = {name: [id(p) for p in model.get_submodule(name).parameters()] for name in networks}
     frozen = {name for name, own in held.items() if own and before.isdisjoint(own)}
     if not frozen or all(name in frozen for name, own in held.items() if own):
-        return list(found)
+        return found
     log.info("left out, since they were frozen before: %s", ", ".join(sorted(frozen)))
     return [site for site in found if site.name.partition(".")[0] not in frozen]
+
+
+def frozen_networks(model: nn.Module) -> set[str]:
+    """The children of the model with blocks that were frozen as a whole, where another with blocks was not."""
+    blocks = roles(model).get("block", [])
+    kept = {site.name.partition(".")[0] for site in outside_frozen_networks(model, blocks)}
+    return {site.name.partition(".")[0] for site in blocks} - kept
 
 
 def _prepare(part: Method, site: Site, adapter: Adapter) -> None:
@@ -476,16 +484,20 @@ def _select_scope(part: Method, model: nn.Module) -> Iterator[tuple[str, nn.Modu
     """Modules whose parameters a selective method is asked about: those of its target sites, else the whole model's."""
     found = part.asked(model)
     if found is None and part.targets is not None and part.scope != "model":
-        found = sites(model, part.targets, layers=part.layers, exclude=part.exclude, roles=part.roles)
+        chosen = sites(model, part.targets, layers=part.layers, exclude=part.exclude, roles=part.roles)
+        found = outside_frozen_networks(model, chosen)
     if found is not None:
         for site in found:
             inside = site.module.named_modules(prefix=site.name)
             yield from ((name, module, site) for name, module in inside if not isinstance(module, Adapter))
     elif part.layers is not None:
-        for site in sites(model, "block", layers=part.layers, exclude=part.exclude, roles=part.roles):
+        blocks = sites(model, "block", layers=part.layers, exclude=part.exclude, roles=part.roles)
+        for site in outside_frozen_networks(model, blocks):
             yield from ((name, module, None) for name, module in site.module.named_modules(prefix=site.name))
     else:
-        yield from ((name, m, None) for name, m in model.named_modules() if not isinstance(m, Adapter))
+        frozen = frozen_networks(model)
+        named = ((name, m) for name, m in model.named_modules() if name.partition(".")[0] not in frozen)
+        yield from ((name, m, None) for name, m in named if not isinstance(m, Adapter))
 
 
 def _excluded(part: Method, model: nn.Module) -> dict[tuple[int, str], bool | Tensor]:

@@ -187,9 +187,9 @@ def find(model: nn.Module, patterns: str | list[str]) -> dict[str, nn.Module]:
     return {node.name: node.module for node in known.nodes if node.name in found}
 
 
-def roles(model: nn.Module) -> dict[str, list[Site]]:
-    """Everything that is known about the model: role -> its sites in module order."""
-    return _Map(model, {}).roles
+def roles(model: nn.Module, given: dict[str, str] | None = None) -> dict[str, list[Site]]:
+    """Everything that is known about the model: role -> its sites in module order. given: the user's own names."""
+    return _Map(model, given or {}).roles
 
 
 def _key(site: Site) -> Key:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.callback import PEFT, leader
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError, positive
+from lightning_peft.core.method import outside_frozen_networks
 from lightning_peft.core.projection import transposed
 from lightning_peft.core.sites import Site, TargetError, sites
 from lightning_peft.methods.selective import end_of
@@ -63,7 +64,8 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
 
     def found(self, model: nn.Module) -> list[Site]:
         """The projections of the feed-forward layers."""
-        return list(sites(model, self.targets or "", layers=self.layers, exclude=self.exclude, roles=self.roles))
+        found = sites(model, self.targets or "", layers=self.layers, exclude=self.exclude, roles=self.roles)
+        return outside_frozen_networks(model, found)
 
     def select(self, name: str, parameter: nn.Parameter) -> bool | Tensor:
         site: Site = vars(self)["_site"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.callback import PEFT
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError, positive
+from lightning_peft.core.method import outside_frozen_networks
 from lightning_peft.core.sites import Site, sites
 from lightning_peft.methods.calibrated import quiet, step_of, training_batches
 
@@ -50,9 +51,10 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
     def asked(self, model: nn.Module) -> list[Site] | None:
         if self.shift == "all":
             return None
-        found = sites(model, "block", layers=self.layers, exclude=self.exclude, roles=self.roles)
+        blocks = sites(model, "block", layers=self.layers, exclude=self.exclude, roles=self.roles)
+        found = outside_frozen_networks(model, blocks)
         index = {"input": 0, "feature": len(found) // 2, "output": -1}[self.shift]
-        return list(found) if self.layers is not None else [found[index]]
+        return found if self.layers is not None else [found[index]]
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.is_floating_point()

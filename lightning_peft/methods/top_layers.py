@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core.fields import positive
+from lightning_peft.core.method import outside_frozen_networks
 from lightning_peft.core.sites import Site, TargetError, sites
 from lightning_peft.core.stream import final_norm
 
@@ -30,8 +31,8 @@ class TopLayers(PEFT, name="top_layers", family="baseline", paper="1411.1792", m
 
     def asked(self, model: nn.Module) -> Iterator[Site]:
         found = sites(model, "block", exclude=self.exclude, roles=self.roles)
-        decoders = [site for site in found if site.stack.endswith("decoder")]
-        blocks = decoders or list(found)
+        alive = outside_frozen_networks(model, found)
+        blocks = [site for site in alive if site.stack.endswith("decoder")] or alive
         if small := [site for site in blocks if (site.layers or 0) < self.k]:
             raise TargetError(
                 f"TopLayers(k={self.k}): there are {small[0].layers} blocks here. Use a smaller k, or full."
