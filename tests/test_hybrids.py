@@ -67,6 +67,18 @@ def test_unipelt_gives_a_text_what_it_gives_alone_unless_asked_for_the_leak(mode
     assert difference[False] > 30 * difference[True]
 
 
+def test_the_gates_of_unipelt_see_padding_in_masks_of_pairs_and_refuse_those_of_packed_texts() -> None:
+    net, ids = ready(UniPELT(**SMALL), "bert"), torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
+    mask = (ids != 0)[:, None, None].expand(-1, 1, 6, -1)
+    torch.testing.assert_close(states(net, ids, mask), states(net, ids, mask[:, 0, 0].long()), atol=1e-12, rtol=1e-12)
+    packed = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)).bool().expand(2, 1, 6, 6)
+    with pytest.raises(ValueError, match="says more than what is padding: which tokens are one text"):
+        states(net, ids, packed)
+    by_token, other = ready(UniPELT(**SMALL, gate="token"), "bert"), ids.clone()
+    other[:, 4] = 20  # in the text beside
+    torch.testing.assert_close(states(by_token, ids, packed), states(by_token, other, packed), atol=0, rtol=0)
+
+
 def test_a_gate_a_query_is_attention_with_a_prefix_a_query() -> None:
     prefix = GatedPrefix(3, 2, 4).gated(8, SimpleNamespace(per_token=True, masks=None)).cast_(torch.float64)  # type: ignore[arg-type]
     assert isinstance(prefix, GatedPrefix)

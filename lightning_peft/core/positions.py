@@ -100,9 +100,10 @@ class RealTokens(Positions):
         vars(self)["outer"] = outer  # it is registered where it listens
 
     def read(self, call: dict[str, Any]) -> Tensor | None:
-        """Masks of pairs are left to an outer module, which sees them as they were given."""
+        """Masks of pairs are left to an outer module, where there is one, which sees them as they were given."""
         masks = (call.get(name) for name in MASKS)
-        return None if any(isinstance(m, Tensor) and m.dim() > 2 for m in masks) else super().read(call)
+        pairs = any(isinstance(m, Tensor) and m.dim() > 2 for m in masks)
+        return None if pairs and self.outer is not None else super().read(call)
 
     def chosen(self, prompt: Tensor | None, given: Tensor, first: int, last: int) -> Masks:
         outer = self.outer
@@ -156,8 +157,8 @@ def real_tokens(mask: Any, time: int | None) -> Tensor | None:
             return real
     shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
     raise ValueError(
-        f"An attention mask {shown} that says more than what is padding: the first and last tokens of a text cannot be "
-        "told from it. Pass the mask (batch, time), and give every text a row of its own."
+        f"An attention mask {shown} that says more than what is padding: which tokens are one text, and which are its "
+        "first and last, cannot be told from it. Pass the mask (batch, time), and give every text a row of its own."
     )
 
 
