@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from lightning_peft.choosing.base import Base, first_sentence
@@ -11,7 +12,8 @@ from lightning_peft.choosing.candidates import Candidate, Reason
 from lightning_peft.core.method import REGISTRY, NothingToTrainError
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.sites import TargetError
-from lightning_peft.planning.planner import plan
+from lightning_peft.planning.precision import arithmetic
+from lightning_peft.planning.repeated import quick
 from lightning_peft.planning.sizes import PlanError, need, show
 
 CHECKPOINTING, CODES = "gradient_checkpointing=true", "precision=nf4"
@@ -22,25 +24,19 @@ MISSES = 3
 
 
 def fitting(found: list[Candidate], base: Base, top: int, settings: dict[str, Any]) -> list[Candidate]:
-    """The first `top` that fit the memory, with their plans; what it takes costs points, what saves most gains some.
-
-    A plan of a large model takes seconds. So what one method needed is where the next one begins, if both go through
-    the backbone.
-    """
+    """The first `top` that fit the memory, with their plans; what it takes costs points, what saves most gains some."""
     kept: list[Candidate] = []
-    waiting, tries, missed = list(found), [*steps(base, settings)], 0
+    ways = [*Ways(base, settings)]
+    waiting, missed = list(found), 0
     while waiting and len(kept) < top:
         candidate = waiting.pop(0)
         if missed == MISSES and candidate.info.backprop:
             base.left_out[candidate.info.name] = "not planned, as others that go through the backbone do not fit"
             continue
-        made, needed = planned(
-            candidate, base, settings, tries if candidate.info.backprop else [*steps(base, settings)]
-        )
+        made = planned(candidate, base, ways)
         kept += [made] if made is not None else []
         missed += made is None and candidate.info.backprop
-        if needed and candidate.info.backprop:
-            tries = tries[needed:] or tries[-2:]
+        if candidate.info.backprop and (made is None or made.reasons[-1].points):
             waiting = sorted((lean(c) for c in waiting), key=lambda c: -c.points)
     return sorted(kept, key=lambda c: -c.points)
 
@@ -51,33 +47,58 @@ def lean(c: Candidate) -> Candidate:
     return c if c.info.backprop or reason in c.reasons else dataclasses.replace(c, reasons=(*c.reasons, reason))
 
 
-def planned(
-    c: Candidate, base: Base, settings: dict[str, Any], tries: list[tuple[str, ...]]
-) -> tuple[Candidate | None, int]:
-    """The candidate with the first of `tries` that fits, None where none does, and how many did not."""
-    totals = []
-    for place, step in enumerate(tries):
-        how = dict(settings)
-        how |= {"checkpointing": settings.get("checkpointing") or True} if CHECKPOINTING in step else {}
-        how |= {"precision": "nf4"} if CODES in step else {}
-        try:
-            made = plan(base.model, REGISTRY[c.info.name](**c.start.settings), **how)
-        except (PlanError, TargetError, QuantisationError, NothingToTrainError) as error:
-            base.left_out[c.info.name] = first_sentence(error)
-            continue
-        totals.append(need(made.total) if made.device == "cuda" else made.total)
-        if totals[-1] <= (base.needs.memory or 0):
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """Words that a run gets, the settings of a plan that they stand for, and what the base's weights take alone."""
+
+    words: tuple[str, ...]
+    settings: dict[str, Any]
+    weights: int
+
+
+class Ways:
+    """Of `STEPS`, those that change something."""
+
+    def __init__(self, base: Base, settings: dict[str, Any]) -> None:
+        self.base, self.settings = base, settings
+
+    def __iter__(self) -> Iterator[Way]:
+        done = {CHECKPOINTING: bool(self.settings.get("checkpointing")), CODES: self.base.needs.quantised}
+        for step in STEPS:
+            words = tuple(each for each in step if not done[each])
+            how = dict(self.settings)
+            how |= {"checkpointing": self.settings.get("checkpointing") or True} if CHECKPOINTING in step else {}
+            how |= {"precision": "nf4"} if CODES in words else {}
+            if not step or words:
+                try:
+                    yield Way(words, how, self.weights(how.get("precision")))
+                except QuantisationError:  # nothing that could be in codes
+                    return
+
+    def weights(self, precision: Any) -> int:
+        """Bytes of the base: less than any plan."""
+        model = copy.deepcopy(self.base.shadow)
+        arithmetic(precision).convert(model)
+        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def planned(c: Candidate, base: Base, ways: list[Way]) -> Candidate | None:
+    """The candidate in the first way that fits; None, and a word on why, where none does."""
+    limit, totals = base.needs.memory or 0, []
+    for way in ways:
+        total, made = way.weights, None
+        if total <= limit:
+            try:
+                made = quick(base.model, REGISTRY[c.info.name](**c.start.settings), **way.settings)
+            except (PlanError, TargetError, QuantisationError, NothingToTrainError) as error:
+                base.left_out[c.info.name] = first_sentence(error)
+                continue
+            total = made.total
+        totals.append(need(total) if way.settings.get("device", "cuda") == "cuda" else total)
+        if made is not None and totals[-1] <= limit:
             base.left_out.pop(c.info.name, None)
-            said = Reason(-len(step), f"fits with {', '.join(step)}") if step else Reason(0, "fits")
-            return dataclasses.replace(c, plan=made, reasons=(*c.reasons, said), overrides=(*c.overrides, *step)), place
+            said = Reason(-len(way.words), f"fits with {', '.join(way.words)}") if way.words else Reason(0, "fits")
+            return dataclasses.replace(c, plan=made, reasons=(*c.reasons, said), overrides=(*c.overrides, *way.words))
     if totals:
         base.left_out[c.info.name] = f"needs {show(min(totals))} at least"
-    return None, len(tries)
-
-
-def steps(base: Base, settings: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Of `STEPS`, what changes something."""
-    for step in STEPS:
-        done = {CHECKPOINTING: bool(settings.get("checkpointing")), CODES: base.needs.quantised}
-        if not step or not all(done[each] for each in step):
-            yield tuple(each for each in step if not done[each])
+    return None

@@ -49,7 +49,10 @@ class Combination(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return torch.cat([basis @ grads[0] for _, basis in chunks(ctx.key, ctx.k, ctx.count, grads[0])]), None, None
+        products = grads[0].new_empty(ctx.k)
+        for start, basis in chunks(ctx.key, ctx.k, ctx.count, grads[0]):
+            products[start : start + len(basis)] = basis @ grads[0]
+        return products, None, None
 
 
 def chunks(key: Key, k: int, count: int, like: Tensor) -> Any:

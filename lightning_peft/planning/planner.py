@@ -61,15 +61,29 @@ def plan(
     device: "cpu" counts what torch's CPU operators take; "cuda" its fused ones. accumulate: batches an optimizer step
     (`accumulate_grad_batches`); from 2 on backward finds gradients that are there already. Errors: PlanError.
     """
+    how = {"precision": precision, "optimizer": optimizer, "checkpointing": checkpointing, "offload": offload}
+    model, setting = begun(module, method, **how, device=device, loss=loss, accumulate=accumulate)
+    return summary(model, taken(model, batch, setting), setting, offload, batch)
+
+
+def begun(
+    module: nn.Module,
+    method: Methods = None,
+    precision: Any = None,
+    optimizer: Any = "adamw",
+    checkpointing: bool | GradientCheckpointing = False,
+    offload: Offload | None = None,
+    device: Device = "cuda",
+    loss: Loss | None = None,
+    accumulate: int = 1,
+) -> tuple[nn.Module, Setting]:
+    """The model that takes the step, and how it does; settings of `plan`."""
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise PlanError(f"accumulate={accumulate!r} is not a number of batches: give 1 or more.")
     if device not in DEVICES or offload not in OFFLOADS:
         raise PlanError(f"device={device!r}, offload={offload!r}. Known devices: {DEVICES}; offloads: {OFFLOADS}.")
     how = arithmetic(precision)
-    model = prepared(module, method, how, checkpointing)
-    setting = Setting(how, optimizer, device, loss, accumulate > 1)
-    step = taken(model, batch, setting)
-    return summary(model, step, setting, offload, batch)
+    return prepared(module, method, how, checkpointing), Setting(how, optimizer, device, loss, accumulate > 1)
 
 
 def prepared(module: nn.Module, method: Methods, how: Arithmetic, checkpointing: Any) -> nn.Module:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_peft.core import hashed
 from lightning_peft.core.codes import KERNELS, Quantisation, TorchKernels
 from lightning_peft.core.quant import Blocks
 from lightning_peft.core.quantised import ATTRIBUTES, Quantised, foreign, quantise_module
@@ -143,6 +144,24 @@ def places(index: Tensor | None) -> list[Tensor | None]:
     if index is None or not masks(index):
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.long) for _ in range(index.dim())]
+
+
+@contextlib.contextmanager
+def fewer_chunks() -> Iterator[None]:
+    """In this block random bases are drawn in three chunks: a chunk takes what the next does, but the last."""
+    before = hashed.chunks
+
+    def few(key: hashed.Key, k: int, count: int, like: Tensor) -> Iterator[tuple[int, Tensor]]:
+        step = max(1, hashed.CHUNK // count)
+        starts = range(0, k, step)
+        for start in sorted({*starts[:2], *starts[-1:]}):
+            yield start, next(chunk for _, chunk in before(key, min(step, k - start), count, like))
+
+    hashed.chunks = few
+    try:
+        yield
+    finally:
+        hashed.chunks = before
 
 
 # ------------------------------------------------------------------ as on CUDA

@@ -19,7 +19,7 @@ from lightning_peft.core.quantised import Quantised
 from lightning_peft.core.sites import roles
 from lightning_peft.planning import optimizers
 from lightning_peft.planning.precision import Arithmetic
-from lightning_peft.planning.shadow import as_on, hollow, hollow_batch, stand_in
+from lightning_peft.planning.shadow import as_on, fewer_chunks, hollow, hollow_batch, stand_in
 from lightning_peft.planning.sizes import PlanError
 from lightning_peft.planning.tracker import (
     ACTIVATIONS,
@@ -55,7 +55,7 @@ class Step:
 
     def __init__(self, model: nn.Module, batch: Any, setting: Setting) -> None:
         self.setting, self.tracker, self.marks = setting, Tracker(stand_in), [0]
-        with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+        with FakeTensorMode(allow_non_fake_inputs=True), quiet(), fewer_chunks():
             self.model = hollow(model, "cpu")
             self.batch = hollow_batch(batch, "cpu", setting.arithmetic.cast)
             self.label()
@@ -120,9 +120,7 @@ class Step:
 
     def peak(self, offload: str | None = None) -> tuple[str, dict[str, int]]:
         """The phase with the moment when most lived on the device, and what did, by label."""
-        found = self.phases(offload)
-        phase = max(found, key=lambda phase: sum(found[phase].values()))
-        return phase, found[phase]
+        return fullest(self.phases(offload))
 
     def phases(self, offload: str | None = None) -> dict[str, dict[str, int]]:
         """The most that lived on the device in each phase, by label.
@@ -130,20 +128,20 @@ class Step:
         In a forward pass the gradients and the state of the step before are still there; in a backward pass those
         of the batches before, where they accumulate.
         """
-        start, forward, backward, first, second = self.marks
-        moments = {FORWARD: (start, forward), BACKWARD: (forward, backward), UPDATE: (first, second)}
-        found = {phase: self.moment(*times, offload) for phase, times in moments.items()}
+        found = {phase: self.moment(*times, offload) for phase, times in self.times().items()}
         if offload == "optimizer":  # gradients leave for the host one by one, which then takes the step
             sizes = [r.bytes for r in self.tracker.records if r.label == GRADIENTS]
             largest = 0 if self.setting.accumulates else max(sizes, default=0)  # else counted as what is added to it
             return {FORWARD: found[FORWARD], BACKWARD: added(found[BACKWARD], {GRADIENTS: largest})}
-        before = {OPTIMIZER: self.size(OPTIMIZER)}
-        known = {} if self.setting.accumulates else {GRADIENTS: self.size(GRADIENTS)}
-        found[FORWARD] = added(found[FORWARD], before, known)
-        found[BACKWARD] = added(found[BACKWARD], before)
+        found = with_kept(found, self.size(OPTIMIZER), 0 if self.setting.accumulates else self.size(GRADIENTS))
         if offload == "weights":
             found = {phase: added(lived, self.working_set()) for phase, lived in found.items()}
         return found
+
+    def times(self) -> dict[str, tuple[int, int]]:
+        """phase -> from when to when"""
+        start, forward, backward, first, second = self.marks
+        return {FORWARD: (start, forward), BACKWARD: (forward, backward), UPDATE: (first, second)}
 
     def moment(self, start: int, end: int, offload: str | None) -> dict[str, int]:
         """The most that lived from start to end, by label."""
@@ -174,6 +172,18 @@ class Step:
 def added(*parts: dict[str, int]) -> dict[str, int]:
     """Sums by label."""
     return {label: sum(part.get(label, 0) for part in parts) for part in parts for label in part}
+
+
+def fullest(phases: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
+    """The phase that takes most, and what it takes."""
+    phase = max(phases, key=lambda phase: sum(phases[phase].values()))
+    return phase, phases[phase]
+
+
+def with_kept(found: dict[str, dict[str, int]], optimizer: int, gradients: int) -> dict[str, dict[str, int]]:
+    """Phases, the first two with the state of the optimizer, the first with the gradients of the step before."""
+    kept = {FORWARD: {OPTIMIZER: optimizer, GRADIENTS: gradients}, BACKWARD: {OPTIMIZER: optimizer}, UPDATE: {}}
+    return {phase: added(lived, kept[phase]) for phase, lived in found.items()}
 
 
 def labels(model: nn.Module) -> dict[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,13 @@ def by_label(records: Iterable[Record]) -> dict[str, int]:
 class Tracker(TorchDispatchMode):
     """Sees the results of every operator; a storage is born with the first tensor on it and dies with the last.
 
-    time: operators so far. stand_in: answers in place of an operator, or NotImplemented.
+    time: operators so far; calls: which. stand_in: answers in place of an operator, or NotImplemented.
     """
 
     def __init__(self, stand_in: StandIn | None = None) -> None:
         super().__init__()
         self.stand_in, self.time = stand_in, 0
+        self.calls: list[Any] = []
         self.records: list[Record] = []
         self.living: dict[int, tuple[Record, weakref.ref[Any]]] = {}
 
@@ -61,6 +62,7 @@ class Tracker(TorchDispatchMode):
         out = self.stand_in(func, args, kwargs or {}) if self.stand_in else NotImplemented
         out = func(*args, **(kwargs or {})) if out is NotImplemented else out
         self.time += 1
+        self.calls.append(func)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.record(leaf)
@@ -99,6 +101,7 @@ class Tracker(TorchDispatchMode):
     def tick(self) -> int:
         """A time between operators."""
         self.time += 1
+        self.calls.append(None)
         return self.time
 
     def alive(self, since: int = -1) -> list[Record]:
@@ -107,8 +110,8 @@ class Tracker(TorchDispatchMode):
 
     def peak(self, start: int, end: int, counts: Callable[[Record], bool]) -> list[Record]:
         """What lived at the time from start to end when most bytes lived, of the records that count."""
-        within = [r for r in self.records if r.born <= end and (r.died is None or r.died > start) and counts(r)]
         change: dict[int, int] = defaultdict(int)
+        within = list(self.within(start, end, counts))
         for record in within:
             change[max(record.born, start)] += record.bytes
             if record.died is not None:
@@ -118,3 +121,18 @@ class Tracker(TorchDispatchMode):
             now += change[time]
             most, when = max((most, when), (now, time), key=lambda pair: pair[0])
         return [record for record in within if record.lives_at(when)]
+
+    def within(self, start: int, end: int, counts: Callable[[Record], bool]) -> Iterator[Record]:
+        """What lived at some time from start to end, of the records that count."""
+        for r in self.records:
+            if r.born <= end and (r.died is None or r.died > start) and counts(r):
+                yield r
+
+    def course(self, start: int, end: int) -> Tensor:
+        """Bytes at every time from start to end: (end - start + 1, labels)"""
+        change = torch.zeros(end - start + 2, len(LABELS), dtype=torch.int64)
+        for record in self.within(start, end, lambda record: True):
+            change[max(record.born, start) - start, LABELS.index(record.label)] += record.bytes
+            if record.died is not None and record.died <= end:
+                change[record.died - start, LABELS.index(record.label)] -= record.bytes
+        return change[:-1].cumsum(0)
