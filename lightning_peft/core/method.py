@@ -619,16 +619,20 @@ def remove(model: nn.Module, label: str | None = None) -> nn.Module:
 @torch.no_grad()
 def put_back(model: nn.Module, applied: Applied) -> None:
     """Write the originals of what a method trains in place, except where another method that is on trains it too."""
-    others = [s for a in state.all_applied(model) if a is not applied and a.cell.enabled for s in a.selected]
     for selected in applied.selected:
-        masks = [s.mask for s in others if s.key == selected.key]
-        if None in [mask if mask is None else 0 for mask in masks]:
-            continue
         mine = torch.ones(selected.parameter.shape, dtype=torch.bool) if selected.mask is None else selected.mask.cpu()
-        for mask in masks:
-            mine = mine & ~mask.cpu()  # type: ignore[union-attr]
+        put_entries_back(model, applied, selected, mine)
+
+
+def put_entries_back(model: nn.Module, applied: Applied, selected: Selected, entries: Tensor) -> None:
+    """Write these entries of the original, except those that another method that is on trains too."""
+    for other in state.all_applied(model):
+        for s in other.selected if other is not applied and other.cell.enabled else ():
+            if s.key == selected.key:
+                entries = entries & (torch.zeros_like(entries) if s.mask is None else ~s.mask.cpu())
+    if entries.any():
         p, original = selected.parameter, selected.original
-        p.copy_(torch.where(mine.to(p.device), original.to(p), p))  # type: ignore[union-attr]
+        p.copy_(torch.where(entries.to(p.device), original.to(p), p))  # type: ignore[union-attr]
 
 
 def _forget(model: nn.Module, applied: Applied, buffers: bool = True) -> None:

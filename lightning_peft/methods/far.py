@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.callback import PEFT, leader
 from lightning_peft.core import state
 from lightning_peft.core.fields import FieldError, positive
-from lightning_peft.core.method import outside_frozen_networks
+from lightning_peft.core.method import outside_frozen_networks, put_entries_back
 from lightning_peft.core.projection import transposed
 from lightning_peft.core.sites import Site, TargetError, sites
 from lightning_peft.methods.selective import end_of
@@ -96,8 +96,9 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
 
     @torch.no_grad()
     def settle(self, model: nn.Module) -> None:
-        """Masks of the learners; what is outside of them is the base's."""
-        selected = {s.key: s for s in state.get_applied(model, self.name_on_model).selected if not s.head}
+        """Masks of the learners; what is outside of them, and of methods beside this one, is the base's."""
+        applied = state.get_applied(model, self.name_on_model)
+        selected = {s.key: s for s in applied.selected if not s.head}
         masks: dict[Any, Tensor] = {}
         for site in self.found(model):
             for name, p in site.module.named_parameters(recurse=False):
@@ -105,9 +106,8 @@ class FAR(PEFT, name="far", family="selective", paper="2205.01541", mergeable=Tr
                     mask = node_mask(site, name, p.shape, self.learners.get(place(site), []))
                     masks[key] = masks.get(key, torch.zeros_like(mask)) | mask  # packed gate and up are one parameter
         for key, mask in masks.items():
-            known = selected[key]
-            known.mask, p = mask, known.parameter
-            p.copy_(torch.where(mask.to(p.device), p, known.original.to(p)))  # type: ignore[union-attr]
+            selected[key].mask = mask
+            put_entries_back(model, applied, selected[key], ~mask)
         for registry in state.registries(model):
             registry.held.clear()
 
