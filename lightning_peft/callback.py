@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_peft import checkpoint
 from lightning_peft.core import state
 from lightning_peft.core.method import Method, NothingToTrainError, freeze
 from lightning_peft.extra_loss import Predictions, check_module, install, uninstall
-from lightning_peft.resume import ExactResume
+from lightning_peft.resume import ExactResume, begins_untold, processed
 
 log = logging.getLogger("lightning_peft")
 IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DDP looks
@@ -119,10 +120,16 @@ class PEFT(Method, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(pl_module):
             self._resume.on_train_start(trainer)
+        if begins_untold(trainer) and not processed(trainer):
+            self.begin_epoch(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(pl_module):
             self._resume.on_train_epoch_start()
+        self.begin_epoch(trainer, pl_module)
+
+    def begin_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What a method does before the first batch of each epoch, also where a resumed run begins with one."""
 
     def _leads(self, pl_module: pl.LightningModule) -> bool:
         """Whether this is the first of the Trainer's methods: what concerns them all is done once."""
@@ -288,26 +295,32 @@ def leave_frozen_alone(strategy: Strategy, pl_module: pl.LightningModule) -> Non
     """
     if not isinstance(strategy, DDPStrategy):
         return
-    check_equal_across_ranks(pl_module, ignore_frozen(pl_module))
-
-
-def ignore_frozen(pl_module: pl.LightningModule) -> list[str]:
-    """The names that DDP is told to leave alone: what is frozen, and what is empty so far."""
-    frozen = [name for name, p in pl_module.named_parameters() if not (p.requires_grad and p.numel())]
+    frozen = [name for name, p in pl_module.named_parameters() if not p.requires_grad]
     frozen += state.constant_names(pl_module)
+    check_equal_across_ranks(pl_module, frozen)
     vars(pl_module).setdefault("_peft_ignored_before", getattr(pl_module, IGNORED, None))
     ignored = [*frozen, *(vars(pl_module)["_peft_ignored_before"] or [])]
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)
-    return frozen
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)
 
 
-def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """After parameters have changed their size: DDP exchanges gradients by the sizes that it saw when it wrapped."""
+def wrap_anew(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Under DDP, when what trains has other sizes than before: gradients are exchanged by the sizes it was made for.
+
+    Between two steps. What has no entries any more takes no part. A communication hook of the strategy is registered
+    again, one put on by hand is not.
+    """
     strategy: Any = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
-        ignore_frozen(pl_module)
-        strategy.model = pl_module
-        strategy.configure_ddp()
+    if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):
+        return
+    wrapped: Any = strategy.model
+    strategy.model = pl_module
+    wrapped._remove_autograd_hooks()
+    del wrapped.logger, wrapped.reducer  # which keep what accumulates gradients of the old sizes
+    leave_frozen_alone(strategy, pl_module)
+    empty = [name for name, p in pl_module.named_parameters() if p.requires_grad and not p.numel()]
+    ignored = [*getattr(pl_module, IGNORED), *empty]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, ignored)
+    strategy.configure_ddp()
 
 
 LENT: dict[str, Any] = {

@@ -9,6 +9,7 @@ checkpoint was saved.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,6 +38,16 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if "numpy" in state and (numpy := _numpy()):
         name, keys, *rest = state["numpy"]
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+def seed_generators(seed: int, more: Iterable[torch.Generator] = ()) -> None:
+    """All of the process, and `more`, from one number; Lightning's own function would note it for the whole run."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := _numpy():
+        numpy.random.seed(seed % 2**32)
+    for generator in more:
+        generator.manual_seed(seed)
 
 
 def _numpy() -> Any:
@@ -116,6 +127,8 @@ class ExactResume:
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """Skip the batches that were trained on before the interruption."""
         done = processed(trainer)
+        if begins_untold(trainer):
+            self.fresh_iterator = False
         if self.loaded is None or not done:
             self.loaded = None
             return
@@ -153,6 +166,15 @@ def processed(trainer: pl.Trainer) -> int:
     """Batches of the current epoch that were trained on; 0 where the epoch is over."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return 0 if progress.is_last_batch else progress.current.processed
+
+
+def begins_untold(trainer: pl.Trainer) -> bool:
+    """Whether a resumed run goes on in an epoch, be it at its very start, for which `on_train_epoch_start` is skipped.
+
+    The latter is so for a checkpoint that was made in the last batch of the epoch before.
+    """
+    loop = trainer.fit_loop
+    return loop.restarted_mid_epoch or loop.restarted_on_epoch_end
 
 
 def _stateful(trainer: pl.Trainer) -> bool:

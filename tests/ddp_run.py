@@ -18,10 +18,12 @@ from lightning_peft.core.method import REGISTRY
 
 MORE: dict[str, dict[str, Any]] = {  # from data, and of sizes that are known in the run only
     "sparse_adapter": {"score": "snip"},
-    "selective": {"score": "sensitivity", "over": "rows", "budget": 0.05, "every": 1},
-    "fish": {"score": "fisher", "samples": 8},
-    "lt_sft": {"l1": 0.1, "budget": 0.02},
-    "diff_pruning": {"budget": 0.02},
+    "lt_sft": {"budget": 0.02, "priming": 3.0, "l1": 0.1},
+    "diff_pruning": {"budget": 0.02, "priming": 3.0, "penalty": 1e-3, "heads": None},
+    "selective": {"score": "sensitivity", "over": "rows", "budget": 0.05, "batches": 2, "every": 1},
+    "fish": {"samples": 8, "budget": 0.02},
+    "surgical": {"shift": "input", "rate": "rgn", "batches": 2},
+    "far": {"prime": 2},
 }
 
 
@@ -32,7 +34,25 @@ def main(directory: str, hows: str, processes: int) -> None:
 
 
 def one(directory: str, how: str, processes: int) -> None:
+    """`<how>+resumed` is made of two runs, the second of which goes on from the fourth step of the first."""
     Path(directory).mkdir(exist_ok=True)
+    name, _, resumed = how.partition("+")
+    half = Path(directory) / "half.ckpt" if resumed else None
+    if half is not None:
+        first = fit(directory, name, processes, max_steps=4)[1]
+        first.save_checkpoint(half)
+    module, trainer, watch = fit(directory, name, processes, half)
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+    if hasattr(module, "_ddp_params_and_buffers_to_ignore"):
+        raise RuntimeError("left behind on the module")
+    traffic = {"reduced": watch.reduced // trainer.global_step, "broadcast": watch.broadcast}
+    result = {**traffic, "tensors": boring.tensors(module), "ignored": sorted(watch.ignored), "frozen": sorted(frozen)}
+    torch.save(result, Path(directory) / f"rank{trainer.global_rank}.pt")
+
+
+def fit(
+    directory: str, how: str, processes: int, ckpt: Path | None = None, **more: Any
+) -> tuple[boring.Boring, pl.Trainer, "Watch"]:
     pl.seed_everything(0, verbose=False)
     module = (boring.Says if how == "adamix" else boring.Boring)(dropout=0.0, optimizer="sgd")
     if how == "unequal":  # a base that differs from rank to rank
@@ -40,23 +60,16 @@ def one(directory: str, how: str, processes: int) -> None:
 
         with torch.no_grad():
             module.net.bert.embeddings.word_embeddings.weight.add_(int(os.environ.get("LOCAL_RANK", 0)))
-    more = MORE.get(how, {})
-    lora: PEFT = make(how, "bert", **more) if how in REGISTRY else LoRA(rank=2)
+    lora: PEFT = make(how, "bert", **MORE.get(how, {})) if how in REGISTRY else LoRA(rank=2)
     callbacks: list[pl.Callback] = [] if how == "strategy" else [lora]
     watch = Watch()
     callbacks.append(watch)
     callbacks.append(pl.callbacks.ModelCheckpoint(directory, filename="end", save_last=False))
     options = {"strategy": strategy(how, processes, lora), "devices": processes, "use_distributed_sampler": False}
-    options["max_epochs"] = 1 + bool(more.get("every"))
-    trainer = boring.trainer(directory, callbacks, **options)
-    trainer.fit(module, Share(processes))
-    ignored = watch.ignored
-    frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-    if hasattr(module, "_ddp_params_and_buffers_to_ignore"):
-        raise RuntimeError("left behind on the module")
-    traffic = {"reduced": watch.reduced // trainer.global_step, "broadcast": watch.broadcast}
-    result = {**traffic, "tensors": boring.tensors(module), "ignored": sorted(ignored), "frozen": sorted(frozen)}
-    torch.save(result, Path(directory) / f"rank{trainer.global_rank}.pt")
+    options["max_epochs"] = 1 + bool(MORE.get(how, {}).get("every"))
+    trainer = boring.trainer(directory, callbacks, **options, **more)
+    trainer.fit(module, Share(processes), ckpt_path=ckpt)
+    return module, trainer, watch
 
 
 class Watch(pl.Callback):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import zoo
 from boring import Boring, trainer
 from boring import data as batches
 from harness import loss, output, perturb, tensors, train
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_peft import (
@@ -27,6 +30,7 @@ from lightning_peft import (
 )
 from lightning_peft.callback import LifeCycleError
 from lightning_peft.core import state
+from lightning_peft.core.calibration import CalibrationError
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.sites import TargetError
 from lightning_peft.methods.surgical import rgn, snr
@@ -34,6 +38,7 @@ from lightning_peft.methods.surgical import rgn, snr
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
 ]
@@ -238,6 +243,89 @@ def test_rates_are_taken_anew_every_epoch_and_go_into_checkpoints(tmp_path: Path
     assert all(0 <= r <= 1 for r in entry["rates"].values())
 
 
+def residual(norm: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    """Names of torchvision's residual networks."""
+    layers = {"conv1": nn.Conv2d(3, 4, 3), "bn1": norm(4)}
+    for number in range(1, 5):
+        layers[f"layer{number}"] = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), norm(4))
+    head = {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(4, 3)}
+    return nn.Sequential(OrderedDict(layers | head))
+
+
+@pytest.mark.parametrize(
+    ("fields", "stages"),
+    [({}, {1}), ({"shift": "feature"}, {3}), ({"shift": "output"}, {4}), ({"layers": "2-3"}, {3, 4})],
+)
+def test_blocks_of_a_residual_network_are_its_stages(fields: dict[str, Any], stages: set[int]) -> None:
+    net = Surgical(**fields).apply(residual())
+    assert {name.partition(".")[0] for name in trained(net)} == {f"layer{n}" for n in stages} | {"fc"}
+    config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4] * 4, depths=[1] * 4, layer_type="basic")
+    other = Surgical(**fields, heads=None).apply(transformers.ResNetForImageClassification(config))
+    assert {name.split(".")[3] for name in trained(other)} == {str(n - 1) for n in stages}
+
+
+class Images(Boring):
+    """Classification of images by a network with batch norms."""
+
+    def build(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.net = residual()
+        nn.init.constant_(self.net.bn1.weight, 1e-5)  # its gradient is large beside it
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def test_batch_norms_have_no_rate_and_no_say_in_the_others(tmp_path: Path) -> None:
+    method, module = Surgical(shift="all", rate="rgn", batches=2), Images()
+    before = tensors(module)
+    trainer(tmp_path, [method]).fit(module, batches(kind="images"))
+    rates, normed = vars(method)["_rates"], {n for n in before if "bn1" in n or ".1." in n}
+    assert max(rates.values()) == 1
+    for name, p in module.named_parameters():
+        assert (rates[name] == 0) == (name in normed), name
+        assert name not in normed or torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("fields", [{"rate": "rgn"}, {"rate": "snr", "shift": "all", "fresh": False, "threshold": 0.2}])
+@pytest.mark.parametrize("step", [3, 8, 11])  # in an epoch, with its last batch, in the next one
+def test_resumed_with_the_rates_of_an_uninterrupted_run(fields: dict[str, Any], step: int, tmp_path: Path) -> None:
+    def fit(directory: Path, ckpt: Path | None = None) -> tuple[Surgical, Boring]:
+        torch.manual_seed(9)
+        method, module = Surgical(**fields, batches=2), Boring()
+        saver = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer(directory, [method, saver], max_epochs=2).fit(
+            module, batches(), batches(6, shuffle=False), ckpt_path=ckpt
+        )
+        return method, module
+
+    (one, straight), (other, resumed) = fit(tmp_path / "a"), fit(tmp_path / "b", tmp_path / "a" / f"step={step}.ckpt")
+    if step == 11:  # and once more
+        other, resumed = fit(tmp_path / "c", tmp_path / "b" / "step=14.ckpt")
+    assert vars(one)["_rated"] == vars(other)["_rated"] == 1
+    assert vars(one)["_rates"] == vars(other)["_rates"]
+    assert not set(vars(one)["_rates"].values()) <= {0.0}
+    first, second = tensors(straight), tensors(resumed)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "gave no loss"), (float("nan"), "infinite gradients")])
+def test_rates_need_gradients(value: float | None, text: str, tmp_path: Path) -> None:
+    class Silent(Boring):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if value is None else super().training_step(batch, batch_idx) * value
+
+    with pytest.raises(CalibrationError, match=text):
+        trainer(tmp_path, [Surgical(rate="rgn")]).fit(Silent(), batches())
+    with pytest.raises(CalibrationError, match="the data have one"):
+        trainer(tmp_path, [Surgical(rate="snr")]).fit(Boring(), batches(n=3))
+    by_hand = Boring()
+    by_hand.automatic_optimization = False
+    with pytest.raises(LifeCycleError, match="Surgical looks at what training_step returns.*Leave rate='same'"):
+        trainer(tmp_path, [Surgical(rate="rgn")]).fit(by_hand, batches())
+
+
 # ------------------------------------------------------------------ FAR
 NODES = {  # where the nodes of a layer are: (parameter, axis)
     "bert": [("intermediate.dense.weight", 0), ("intermediate.dense.bias", 0), ("1.output.dense.weight", 1)],
@@ -326,6 +414,21 @@ def test_far_goes_on_from_a_checkpoint_with_the_learners_it_had(tmp_path: Path) 
     rest = [i for i in range(64) if i not in list(again.learners.values())[-1]]
     for now, before in zip(lines(other.net, "bert"), lines(zoo.build("bert"), "bert"), strict=True):
         assert torch.equal(now[rest], before[rest])
+
+
+def test_far_leaves_what_a_method_beside_it_trains(tmp_path: Path) -> None:
+    def fit(ckpt: Path | None = None) -> Boring:
+        torch.manual_seed(9)
+        methods, module = [BitFit(heads=None), FAR(keep=0.5, prime=2, heads=None)], Boring()
+        directory = tmp_path / ("one" if ckpt is None else "two")
+        saver = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer(directory, [*methods, saver]).fit(module, batches(), ckpt_path=ckpt)
+        return module
+
+    straight = fit()
+    assert not (lines(straight.net, "bert")[1] == lines(zoo.build("bert"), "bert")[1]).any()  # of all biases
+    first, second = tensors(straight), tensors(fit(tmp_path / "one" / "step=5.ckpt"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_far_primes_anew_on_another_model(tmp_path: Path) -> None:

@@ -586,7 +586,7 @@ def test_resumed_in_each_phase_to_the_bit(name: str, tmp_path: Path) -> None:
     method = METHODS[name]()
     through = fit(tmp_path / "a", method, max_steps=10)
     check_masked(through, method)
-    for step in (3, 7, 8):  # the eighth ends an epoch
+    for step in (3, 7, 8):  # 8: the last batch of an epoch, after which Lightning skips `on_train_epoch_start`
         other = METHODS[name]()
         resumed = fit(tmp_path / f"b{step}", other, tmp_path / "a" / f"step={step}.ckpt", max_steps=10)
         one, two = state.saved(through), state.saved(resumed)
@@ -715,11 +715,10 @@ def test_a_share_of_a_run_without_an_end_is_an_error(tmp_path: Path) -> None:
 
 
 def test_loops_that_cannot_be_looked_at_are_errors_with_a_way_out(tmp_path: Path) -> None:
-    for method, remedy in ((SelectiveTuning(), r"Call identify\(module"), (Surgical(rate="rgn"), "need no data")):
-        module = boring.Boring()
-        module.automatic_optimization = False
-        with pytest.raises(LifeCycleError, match=f"steps of its own.*{remedy}"):
-            boring.trainer(tmp_path, [method]).fit(module, boring.data(), boring.data(6, shuffle=False))
+    module = boring.Boring()
+    module.automatic_optimization = False
+    with pytest.raises(LifeCycleError, match=r"steps of its own.*Call identify\(module"):
+        boring.trainer(tmp_path, [SelectiveTuning()]).fit(module, boring.data(), boring.data(6, shuffle=False))
 
 
 def test_heads_inside_the_budget() -> None:

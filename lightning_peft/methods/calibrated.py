@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -17,9 +18,10 @@ from lightning_peft.callback import LifeCycleError
 from lightning_peft.core import state
 from lightning_peft.core.calibration import Run, Watched, calibrate, plain_run
 from lightning_peft.core.fields import positive
+from lightning_peft.core.init import Draw
 from lightning_peft.core.targets import Shape
 from lightning_peft.methods.lora import StartedLoRA
-from lightning_peft.resume import loader_generators
+from lightning_peft.resume import loader_generators, seed_generators
 
 
 class CalibratedLoRA(StartedLoRA):
@@ -67,24 +69,32 @@ class CalibratedLoRA(StartedLoRA):
 
 
 @contextmanager
-def training_batches(method: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Iterator[Any]]:
-    """The first `method.batches` as the loop would give them; what is drawn meanwhile is no part of the run."""
+def training_batches(
+    method: Any, trainer: pl.Trainer, pl_module: pl.LightningModule, instead: str = ""
+) -> Iterator[Iterator[Any]]:
+    """The first `method.batches` of an order of this epoch's own; what is drawn meanwhile is no part of the run.
+
+    The order follows from the method's seed and the epoch alone, so that a resumed run sees the same. instead: a way
+    out for a run that has no such batches, where the method has no `calibrate` or `identify` to call by hand.
+    """
     by_hand = next((name for name in ("calibrate", "identify") if hasattr(method, name)), None)
-    remedy = f"Call {by_hand}(module, batches, run) before fit, run(batch, index) -> loss."
-    remedy = remedy if by_hand else "Choose settings that need no data."
+    instead = f"Call {by_hand}(module, batches, run) before fit, run(batch, index) -> loss." if by_hand else instead
     if not pl_module.automatic_optimization:
         raise LifeCycleError(
-            f"{type(method).__name__} looks at batches through training_step, and this one makes optimizer steps of "
-            f"its own (automatic_optimization=False). {remedy}"
+            f"{type(method).__name__} looks at what training_step returns, and this one makes optimizer steps of its "
+            f"own (automatic_optimization=False). {instead}"
         )
     loader: Any = trainer.train_dataloader
     if isinstance(loader, (dict, list, tuple)):
         raise LifeCycleError(
-            f"{type(method).__name__} looks at batches of one training dataloader, and this run has {len(loader)}. "
-            f"{remedy}"
+            f"{type(method).__name__} looks at the batches of one training dataloader, and this run has {len(loader)}. "
+            f"{instead}"
         )
     own = [(generator, generator.get_state()) for generator in loader_generators(trainer)]
     with isolate_rng(), trainer.precision_plugin.train_step_context():
+        seed = Draw(method.seed, f"batches/{trainer.current_epoch}/{trainer.global_rank}").generator.initial_seed()
+        seed_generators(seed, [generator for generator, _ in own])
+        _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         yield (as_in_training(trainer, pl_module, b) for b in itertools.islice(anew(loader), method.batches))
     for generator, before in own:
         generator.set_state(before)

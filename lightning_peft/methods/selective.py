@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_peft.callback import PEFT, LifeCycleError, wrap_again
+from lightning_peft.callback import PEFT, LifeCycleError, wrap_anew
 from lightning_peft.core import heat_map, state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.budget import in_steps
@@ -195,10 +195,10 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
             vars(self)["_switch"] = self.switch_at(trainer)
         if not entries.settled and not entries.dense:
             self.renew(trainer, pl_module)
+        elif any(not p.numel() for p in entries.parameters()):
+            wrap_anew(trainer, pl_module)  # loaded after DDP was told what takes part
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
-        """Not at the start of an epoch, which Lightning does not tell after a resume from the end of the one before."""
-        super().on_train_batch_start(trainer, pl_module, *rest)
+    def begin_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch
         if self.every and epoch and epoch % self.every == 0 and vars(self).get("_chosen") != epoch:
             vars(self)["_chosen"] = epoch
@@ -296,7 +296,7 @@ def resized(trainer: pl.Trainer, pl_module: pl.LightningModule, entries: Entries
     before = [p.shape for p in entries.parameters()]
     yield
     if [p.shape for p in entries.parameters()] != before:
-        wrap_again(trainer, pl_module)
+        wrap_anew(trainer, pl_module)
 
 
 def end_of(name: str, priming: float, trainer: pl.Trainer) -> int:

@@ -9,30 +9,39 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core import state
+from lightning_peft.core.calibration import CalibrationError, distributed, on_any_rank
 from lightning_peft.core.fields import FieldError, positive
 from lightning_peft.core.method import outside_frozen_networks
-from lightning_peft.core.sites import Site, sites
+from lightning_peft.core.sites import Site, find, roles, sites
 from lightning_peft.methods.calibrated import quiet, step_of, training_batches
 
 EPS = 1e-8
+STAGES = ("layer[1-9]", "stages.[0-9]")  # of convolutional networks: torchvision's and timm's, transformers'
 
 
 class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", mergeable=True):
     """train one block: the first for shifted inputs, a middle one for shifted features, the last for shifted outputs
 
-    All in place, the base at step 0; an encoder-decoder counts the encoder's blocks first. `layers` names other blocks,
-    shift="all" is the whole model, for the automatic rates.
+    All in place, the base at step 0; an encoder-decoder counts the encoder's blocks first, and the blocks of a residual
+    network are its stages (layer1, ...). Heads train beside it.
+
+    shift: what differs between the base's data and yours. "input": the same things look otherwise (noise, blur, another
+    camera or script), the first block trains. "feature": other kinds of the same classes, the middle one. "output":
+    what the labels say of the same inputs, the last one. "all": the whole model, for the automatic rates. `layers`
+    names other blocks.
 
     rate: "rgn" (Auto-RGN): each tensor learns at lr ||g|| / ||w||, the mean over `batches` of the training data,
     divided by the largest; a tensor of zeros, which has no such number, at lr. "snr" (Auto-SNR): at lr where the mean
     over entries of mean(g)^2 / Var(g) is `threshold` of the largest or more, else not at all; the variance is over
     batches, as in the paper (over the first axis of g in the authors' code). Both are taken in eval mode at the start
-    of every epoch. Batch norms stay as they are then. The rate scales what the optimizer does, its weight decay
-    included. fresh: with the optimizer's state of these tensors forgotten each epoch. Source: section 3, appendix B.
+    of every epoch, over what all processes see. Gains and biases of batch norms stay as they are then. The rate scales
+    what the optimizer does, its weight decay included. fresh: with the optimizer's state of these tensors forgotten
+    each epoch. batches: how many the rates are taken from. threshold: for rate="snr". Source: section 3, appendix B.
     """
 
     unused = ("targets",)
@@ -51,10 +60,18 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
     def asked(self, model: nn.Module) -> list[Site] | None:
         if self.shift == "all":
             return None
-        blocks = sites(model, "block", layers=self.layers, exclude=self.exclude, roles=self.roles)
+        known = self.roles | self.stages(model)
+        blocks = sites(model, "block", layers=self.layers, exclude=self.exclude, roles=known)
         found = outside_frozen_networks(model, blocks)
         index = {"input": 0, "feature": len(found) // 2, "output": -1}[self.shift]
         return found if self.layers is not None else [found[index]]
+
+    def stages(self, model: nn.Module) -> dict[str, str]:
+        """The blocks of a model that has none, where it is a network of convolutions in stages."""
+        if "block" in self.roles or "block" in roles(model):
+            return {}
+        found = next((pattern for pattern in STAGES if find(model, f"{pattern}?")), None)
+        return {} if found is None else {"block": found}
 
     def select(self, name: str, parameter: nn.Parameter) -> bool:
         return parameter.is_floating_point()
@@ -70,25 +87,25 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
         chosen = {id(s.parameter) for s in state.get_applied(model, self.name_on_model).selected}
         return {name: p for name, p in state.trainable(model).items() if id(p) in chosen}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Not at the start of an epoch, which Lightning does not tell after a resume from the end of the one before."""
-        super().on_train_batch_start(trainer, pl_module, *args)
+    def begin_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.rate == "same" or vars(self).get("_rated") == trainer.current_epoch:
             return
         named = self.own(pl_module)
+        batch_norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        normed = {id(p) for m in batch_norms for p in m.parameters()}
+        rated = {name: p for name, p in named.items() if id(p) not in normed}
         flags = [(module, module.training) for module in pl_module.modules()]
+        instead = "Leave rate='same', and give the optimizer a group for each tensor."
         try:
-            with quiet(pl_module), training_batches(self, trainer, pl_module) as given:
+            with quiet(pl_module), training_batches(self, trainer, pl_module, instead) as given:
                 pl_module.eval()
                 run = step_of(pl_module)
                 losses = (run(batch, index) for index, batch in enumerate(given))
-                rates = self.rates(list(named.values()), (loss for loss in losses if loss is not None))
+                rates = self.rates(list(rated.values()), (loss for loss in losses if loss is not None))
         finally:
             for module, training in flags:
                 module.training = training
-        batch_norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        normed = {id(p) for m in batch_norms for p in m.parameters()}
-        found = {n: 0.0 if id(p) in normed else r for (n, p), r in zip(named.items(), rates, strict=True)}
+        found = dict.fromkeys(named, 0.0) | dict(zip(rated, rates, strict=True))
         vars(self).update(_rates=found, _rated=trainer.current_epoch)
         for optimizer in trainer.optimizers if self.fresh else []:
             for p in named.values():
@@ -100,7 +117,13 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
         for loss in losses:
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             seen.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
-        each = [torch.stack(grads).double() for grads in zip(*seen, strict=True)]
+        bad = [] if seen and all(g.isfinite().all() for grads in seen for g in grads) else ["gradient"]
+        if on_any_rank(bad):
+            raise CalibrationError(
+                f"Surgical(rate={self.rate!r}): {len(seen)} batches gave no loss, or infinite gradients. Give batches "
+                "whose training_step returns a finite loss."
+            )
+        each = [torch.stack(grads) for grads in zip(*seen, strict=True)]
         return rgn(parameters, each) if self.rate == "rgn" else snr(each, self.threshold)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
@@ -112,7 +135,7 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         for p, before, rate in vars(self).pop("_before", []):
-            p.copy_(before + rate * (p - before))
+            p.copy_(before + rate * (p - before) if rate else before)
         super().on_train_batch_end(trainer, pl_module, *args)
 
     def state_dict(self) -> dict[str, Any]:
@@ -126,7 +149,8 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
 def rgn(parameters: Sequence[Tensor], each: Sequence[Tensor]) -> list[float]:
     """Mean over batches of ||g|| / ||w||, by the largest; each: (batches, *shape) of every tensor."""
     norms = [float(p.detach().double().norm()) for p in parameters]
-    means = [float(g.flatten(1).norm(dim=1).mean()) for g in each]
+    totals = summed(torch.stack([g.double().flatten(1).norm(dim=1).sum() for g in each]))
+    means = (totals / summed(torch.tensor(float(len(each[0])), device=totals.device))).tolist()
     found = [mean / norm if norm else None for mean, norm in zip(means, norms, strict=True)]
     largest = max((r for r in found if r is not None), default=0.0) or 1.0
     return [1.0 if r is None else r / largest for r in found]
@@ -134,6 +158,23 @@ def rgn(parameters: Sequence[Tensor], each: Sequence[Tensor]) -> list[float]:
 
 def snr(each: Sequence[Tensor], threshold: float) -> list[float]:
     """1 where the signal to noise, by the largest, reaches the threshold, else 0."""
-    found = [float((g.mean(0) ** 2 / (g.var(0) + EPS)).mean()) for g in each]
+    count = float(summed(torch.tensor(float(len(each[0])), device=each[0].device)))
+    if count < 2:
+        raise CalibrationError("Surgical(rate='snr'): a variance needs 2 batches at least, and the data have one.")
+    found = [float(ratio(g.double(), count).mean()) for g in each]
     largest = max(found, default=0.0) or 1.0
     return [float(r / largest >= threshold) for r in found]
+
+
+def ratio(g: Tensor, count: float) -> Tensor:
+    """mean(g)^2 / Var(g) of each entry, over `count` batches of all processes; g: (batches, *shape)"""
+    mean = summed(g.sum(0)) / count
+    variance = summed((g - mean).square().sum(0)) / (count - 1)
+    return mean.square() / (variance + EPS)
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if distributed():
+        dist.all_reduce(value)
+    return value
