@@ -659,6 +659,30 @@ def test_changes_of_two_files_add_up(tmp_path: Path) -> None:
     assert torch.allclose(output(both, "bert"), output(other, "bert"), atol=1e-6)
 
 
+@pytest.mark.parametrize("model", ["bert_mlm", "gpt2", "llama"])
+def test_lt_sft_leaves_out_norms_and_the_output_embedding_with_what_is_tied_to_it(model: str) -> None:
+    net: Any = zoo.build(model)
+    output_ids = {id(p) for p in net.get_output_embeddings().parameters()}
+    norms = {id(p) for n, m in net.named_modules() if "norm" in n.lower() or "ln_" in n for p in m.parameters()}
+    method = LTSFT(heads=None)
+    method.apply(net)
+    mine = {id(c.parameter) for c in method.chooser(net).candidates}
+    assert mine == {id(p) for n, p in net.named_parameters() if ".adapters." not in n} - output_ids - norms
+
+
+def test_a_module_with_a_bias_alone_merges() -> None:
+    model = zoo.build("bert_mlm")  # whose bias beside the tied embeddings is of the head as a whole
+    method = SelectiveTuning(score="random", budget=0.5, heads=None)
+    method.apply(model)
+    perturb(model)
+    before, base = output(model, "bert_mlm"), zoo.build("bert_mlm")
+    method.merge(model)
+    torch.testing.assert_close(output(model, "bert_mlm"), before, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(model.get_parameter("cls.predictions.bias"), base.get_parameter("cls.predictions.bias"))
+    method.unmerge(model)
+    assert torch.equal(output(model, "bert_mlm"), before)
+
+
 def test_l1_is_of_the_mean_change(tmp_path: Path) -> None:
     model = net()
     method = LTSFT(l1=0.5, heads=None, budget=0.1, exclude=None)

@@ -28,7 +28,12 @@ class Moved(Adapter):
     def __init__(self, names: dict[str, int]) -> None:
         super().__init__()
         self.names = names
-        self.beyond = sorted(set(names) - {"weight", "bias"})
+
+    @property
+    def beyond(self) -> list[str]:  # type: ignore[override]
+        """Of a module without a weight (a bias beside tied embeddings) all of them."""
+        own = set() if getattr(getattr(self, "place", None), "weight", None) is None else {"weight", "bias"}
+        return sorted(set(self.names) - own)
 
     def change(self, name: str) -> Tensor | None:
         """What is added, of the parameter's shape."""

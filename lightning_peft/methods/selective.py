@@ -102,8 +102,9 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         heads = head_modules(sites.model, self)
         slices: dict[int, Slice] = {}
+        left_out = {id(module) for module in self.left_out(sites.model)}
         found = [*whole_modules(sites, heads), *sliced_modules(sites, slices)]
-        chosen = list(without_ties(sites.model, found))
+        chosen = list(without_ties(sites.model, [pair for pair in found if id(pair[0].module) not in left_out]))
         tensors = {id(p): p for _, named in chosen for p in named.values() if p.is_floating_point()}
         if not tensors:
             raise TargetError(
@@ -122,6 +123,10 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         threshold = self.threshold if self.select == "threshold" else None
         chooser = Chooser(entries, kind, Choice(count, self.over, self.within, threshold, self.mean), self.seed)
         yield from placed(self, chosen, tensors, entries, chooser)
+
+    def left_out(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Modules that are no candidates, by what they are and not by their name."""
+        return ()
 
     def entries(self, sizes: list[int], count: int, slices: dict[int, Slice]) -> Entries:
         """What all adapters share."""
