@@ -871,6 +871,27 @@ def test_one_draw_a_step_and_none_outside_of_training() -> None:
     torch.testing.assert_close(output(model, "llama"), quiet, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("by_hand", "accumulate"), [(True, 1), (False, 2)])
+def test_a_draw_for_each_optimizer_step(by_hand: bool, accumulate: int, tmp_path: Path) -> None:
+    drawn: list[int] = []
+
+    class Module(boring.Boring):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            for _ in range(2 if by_hand else 1):
+                drawn.append(int(method.chooser(self).entries.step))
+                loss = super().training_step(batch, batch_idx)
+                if by_hand:
+                    self.manual_backward(loss)
+                    self.optimizers().step()  # type: ignore[union-attr]
+            return loss
+
+    method, module = DiffPruning(budget=0.1, priming=1.0, heads=None), Module(optimizer="sgd")
+    module.automatic_optimization = not by_hand
+    trainer = boring.trainer(tmp_path, [method], accumulate_grad_batches=accumulate)
+    trainer.fit(module, boring.data(12), boring.data(6, shuffle=False))
+    assert drawn == ([0, 1, 2, 3, 4, 5, 6, 7] if by_hand else [0, 0, 1, 1])
+
+
 def test_projection_keeps_the_largest_changes_and_drops_the_gates(tmp_path: Path) -> None:
     model = net()
     method = DiffPruning(budget=8, measure="parameters", heads=None)

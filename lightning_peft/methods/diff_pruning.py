@@ -169,11 +169,14 @@ class DiffPruning(SelectiveTuning, name="diff_pruning", family="selective", pape
         known = {f.name for f in dataclasses.fields(SelectiveTuning)}  # type: ignore[arg-type]
         return SelectiveTuning(**{k: v for k, v in self.config().items() if k in known and k != "score"})
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         entries: Any = self.chooser(pl_module).entries
+        entries.step.fill_(self.steps)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *rest: Any) -> None:
         self.chooser(pl_module).keep = True
         super().on_train_batch_end(trainer, pl_module, *rest)
-        entries.step.fill_(self.steps)
 
 
 def diff_pruning_groups(module: nn.Module, lr: float, alpha_lr: float = 0.1) -> list[dict[str, Any]]:
