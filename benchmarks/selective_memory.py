@@ -1,10 +1,12 @@
 """What a mask saves: bytes of gradients and AdamW's moments after a step, of a file, and the time of a step.
 
 python -m benchmarks.selective_memory                 # BERT-base with random weights; about a minute on a CPU
+python -m benchmarks.selective_memory --layers 24 --width 1024 --steps 1                # as large as BERT-large
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +30,10 @@ def measure(make: Callable[[], Method], layers: int = 12, width: int = 768, step
     """MB (10^6 bytes) and seconds of one method."""
     torch.manual_seed(0)
     config = BertConfig(
-        num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=12
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=max(width // 64, 1),
     )
     model = BertModel(config).train()
     make().apply(model)
@@ -53,9 +58,13 @@ def gradients(model: nn.Module) -> int:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    for name, default in {"layers": 12, "width": 768, "steps": 4}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    size = vars(parser.parse_args())
     print(f"{'':14}{'gradients MB':>14}{'moments MB':>14}{'file MB':>10}{'s a step':>10}")
     for name, make in METHODS.items():
-        row = measure(make)
+        row = measure(make, **size)
         cells = (
             f"{row['gradients']:14.2f}",
             f"{row['moments']:14.2f}",

@@ -380,6 +380,23 @@ def test_batches_that_say_nothing_are_errors() -> None:
         Choice(1)([scores.Candidate(None, "", "", "")], [torch.tensor([math.nan])])  # type: ignore[arg-type]
 
 
+def test_what_is_used_without_a_call_of_its_module_is_not_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    class Borrows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(self.a(x), self.b.weight), y)
+
+    method = SelectiveTuning(budget=0.5, heads=None)
+    method.apply(model := Borrows().double())
+    method.identify(model, batches())
+    cuts = method.chooser(model).entries.cuts
+    assert cuts[2] == cuts[-1] > 0
+    assert "b.weight is used without a call" in caplog.text
+
+
 def test_a_tensor_tied_to_one_left_out_is_left_out() -> None:
     model = zoo.build("gpt2")
     method = SelectiveTuning(score="random", budget=0.1, exclude="*lm_head")

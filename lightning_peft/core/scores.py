@@ -6,7 +6,9 @@ Scores are lists, one flat tensor for each candidate, in their order. Looking at
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from lightning_peft.core.projection import base_weight
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.scattered import Entries, Scattered, rechosen, scattered
 
+log = logging.getLogger("lightning_peft")
 Scores = list[Tensor]
 Over = Literal["weights", "rows", "tensors", "blocks"]
 Within = Literal["model", "block", "tensor"]
@@ -155,12 +158,31 @@ def watch(
     if samples is not None:
         parts = itertools.islice((one for batch in parts for one in examples(batch)), my_share(samples))
         look = expected if expect else squared
-    with untouched(model):
+    places = [c.adapter.place for c in candidates]
+    with untouched(model), called(places) as seen:
         totals, count = summed(run, parts, [source(c) for c in candidates], look)
     scores = [c.take(total) / max(count, 1) for c, total in zip(candidates, totals, strict=True)]
+    for c, place, score in zip(candidates, places, scores, strict=True):
+        if place not in seen and bool(score.any()):
+            log.warning(
+                "%s.%s is used without a call of its module, where nothing moves it: not chosen", c.name, c.attribute
+            )
+            score.zero_()
     if not any(bool(score.any()) for score in scores):
         raise CalibrationError(f"{count} batches gave no gradient to what may be chosen. Give batches with labels.")
     return scores, count
+
+
+@contextmanager
+def called(modules: Iterable[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Those of the modules that are called meanwhile."""
+    seen = set[nn.Module]()
+    hooks = [m.register_forward_pre_hook(lambda module, _: seen.add(module)) for m in set(modules)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def source(c: Candidate) -> Tensor:
