@@ -58,7 +58,14 @@ def check_method(config: DictConfig) -> None:
     from lightning_peft.config import build
 
     labels: list[str] = []
-    for name, node in methods_of(config).items():
+    parts = methods_of(config)
+    known = [name for name, node in parts.items() if isinstance(node, DictConfig) and "_target_" in node]
+    if others := [name for name in parts if name not in known]:
+        raise ConfigError(
+            f"{others[0]} is no method, and peft is a list of them here: {', '.join(known) or 'none'}. Set the values "
+            "of one of these, or choose no experiment that sets those of another."
+        )
+    for name, node in parts.items():
         try:
             labels.append(build(node).name_on_model)
         except (TypeError, ValueError) as error:

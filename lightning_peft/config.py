@@ -60,14 +60,16 @@ def compose(overrides: Sequence[str] = (), directory: str | Path | None = None, 
 
 def composed(overrides: Sequence[str] = (), directory: str | Path | None = None, name: str = NAME) -> DictConfig:
     """As `compose`, without the checks of the whole."""
-    from lightning_peft.composition import named
+    from lightning_peft.composition import named, with_lists
     from lightning_peft.schema import register
 
     register()
     overrides = named(overrides)
+    if nulls := [word for word in overrides if word.removesuffix("=null") in groups() and word.endswith("=null")]:
+        raise ConfigError(f"{nulls[0]}: a group takes a name. To leave it out: ~{nulls[0].removesuffix('=null')}.")
     try:
         with found_first(directory), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return hydra.compose(name, list(overrides))
+            return with_lists(lambda: hydra.compose(name, list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(error)) from error
 

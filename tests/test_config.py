@@ -14,8 +14,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from lightning_peft import config as configs
-from lightning_peft import schema
+from lightning_peft import launch, schema
 from lightning_peft.checks import ConfigError, check, fits
+from lightning_peft.composition import named
 from lightning_peft.config import build, compose, conf_dir, options
 from lightning_peft.core.method import REGISTRY
 
@@ -89,6 +90,14 @@ def test_a_list_of_methods_is_each_under_its_name():
     twice = composed("peft=[lora,lora]", "peft.lora_2.targets=k").peft
     assert [(node.label, node.targets) for node in twice.values()] == [(None, "q,v"), ("lora_2", "k")]
     assert composed("peft=[lora]").peft == composed("peft=lora").peft
+    assert composed("peft='[lora, \"bitfit\"]'").peft == composed("peft=lora+bitfit").peft
+
+
+def test_lists_and_single_methods_in_a_sweep():
+    for sweep in ("lora,[lora,ia3]", "choice(lora,[lora,ia3])", "sort(lora,lora+ia3)"):
+        single, several = launch.points(named([f"peft={sweep}"]))
+        assert composed(*single).peft == composed("peft=lora").peft
+        assert composed(*several).peft == composed("peft=[lora,ia3]").peft
 
 
 ERRORS = {
@@ -112,7 +121,13 @@ ERRORS = {
     "model=foo": "Known: hf, minilm",
     "peft=[": "'peft=\\[' is no override",
     "peft=[lora,bitfti]": r"In 'peft/lora\+bitfti'.*bitfti.*Did you mean 'bitfit'",
-    "peft=[lora,,bitfit]": "names no method between two commas",
+    "peft=[lora,,bitfit]": "names no method beside a separator",
+    "peft=lora+": "names no method beside a separator",
+    "peft=[]": "names no method.*For none: ~peft",
+    "peft=[lora,[bitfit]]": "a list within a list",
+    "+peft=[lora,bitfit]": "is chosen already",
+    "peft=null": "To leave it out: ~peft",
+    "experiment=mam peft=[lora,bitfit]": r"peft.length is no method.*peft.lora, peft.bitfit",
     "peft=[lora,bitfit] peft.rank=4": "Key 'rank'.*Known: lora, bitfit",
     "peft=[lora,bitfit] peft.lora.rnak=4": "Did you mean 'rank'.*Known: targets",
     "peft=[lora,bitfit] peft.lora.rank=-4": r"peft.lora: LoRA\(rank=-4\)",
@@ -140,11 +155,20 @@ def test_tables_of_a_method_take_new_keys():
         composed("peft.ranks={q: many}")
 
 
-def test_a_second_method_is_a_callback():
-    fields = {"heads": None, "bottleneck": 16}
-    assert (
-        build(composed("experiment=two_methods").callbacks.second).config() == REGISTRY["parallel"](**fields).config()
-    )
+def test_a_list_of_methods_in_a_file_is_that_of_a_command_line(tmp_path):
+    words = ["peft=[lora,parallel]", "peft.parallel.heads=null", "peft.parallel.bottleneck=16"]
+    assert composed("experiment=two_methods").peft == composed(*words).peft
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults: [override /peft: dora+ia3+dora]\npeft: {dora_2: {layers: 0}}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    found = composed("experiment=mine", "peft.ia3.heads=null", directory=tmp_path).peft
+    assert [build(node).label for node in found.values()] == [None, None, "dora_2"]
+    assert (found.dora_2.layers, found.ia3.heads) == (0, None)
+
+
+def test_a_method_may_be_a_callback_of_any_name():
+    node = composed("+peft@callbacks.second=parallel", "callbacks.second.heads=null").callbacks.second
+    assert build(node).config() == REGISTRY["parallel"](heads=None).config()
 
 
 def test_qlora_is_for_any_method():
