@@ -23,6 +23,7 @@ from lightning_peft import (
     LoRA,
     ParallelAdapter,
     PrefixTuning,
+    PromptTuning,
     UniPELT,
     load_adapter,
     save_adapter,
@@ -319,3 +320,32 @@ def test_mam_is_its_parts_one_after_the_other() -> None:
     for net in (whole, parts):
         perturb(net)
     assert torch.equal(output(whole, "bert"), output(parts, "bert"))
+
+
+class Inside(nn.Module):
+    """A model one level down."""
+
+    def __init__(self, net: nn.Module, name: str) -> None:
+        super().__init__()
+        self.more = nn.Parameter(torch.zeros(1))
+        self.add_module(name, net)
+
+
+def test_files_of_a_list_find_their_places_at_any_depth(tmp_path: Path) -> None:
+    methods = [
+        MAM(length=3, bottleneck=6),
+        BitFit(targets="all-linear", heads=None),
+        PromptTuning(length=2, heads=None),
+    ]
+    net = zoo.build("bert")
+    deep = Inside(Inside(net, "model"), "net")
+    for method in methods:
+        method.apply(deep)
+    perturb(deep)
+    for name in ("mam", "bitfit", "prompt_tuning"):
+        save_adapter(deep, tmp_path / name, label=name)
+    for wrap in (lambda m: m, lambda m: Inside(m, "other"), lambda m: Inside(Inside(m, "bert"), "net")):
+        fresh = zoo.build("bert")
+        for name in ("mam", "bitfit", "prompt_tuning"):
+            load_adapter(wrap(fresh), tmp_path / name)
+        torch.testing.assert_close(output(fresh, "bert"), output(net, "bert"), atol=1e-6, rtol=1e-6)

@@ -6,13 +6,13 @@ Tensors are keyed by what they are, not by the label under which they were train
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_peft.core import state
 from lightning_peft.core.adapter import check_label
 from lightning_peft.core.basis import BasisError
-from lightning_peft.core.method import REGISTRY, Method, apply_as, check_free, remove
+from lightning_peft.core.method import REGISTRY, Method, apply_as, check_free, common, remove
 from lightning_peft.core.state import Applied
 
 log = logging.getLogger("lightning_peft")
@@ -207,8 +207,8 @@ def load_adapter(
 ) -> Method:
     """Apply the method of an adapter directory to `model` with its trained tensors, and return it.
 
-    Modules are found by name; a prefix that the whole model has more or less (`model.`) is bridged. check_base=False
-    allows another base than the one trained on. On any error the model is as it was.
+    Modules are found by name; a prefix that the whole model has more, less or another (`model.`) is bridged.
+    check_base=False allows another base than the one trained on. On any error the model is as it was.
     """
     method = read_method(directory, label)
     tensors, label = read_tensors(directory), check_label(method.label or method.info.name)
@@ -281,7 +281,7 @@ def matched(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Key -> tensor of the model, and key -> tensor of the file, which fit each other; an error where they do not."""
     wanted = collected(model, applied)
-    tensors = aligned(model, tensors, set(wanted), directory)
+    tensors = aligned(tensors, set(wanted))
     names = names_of(model)
     for placement in applied.placements:
         prefix = adapter_key(names, applied, placement, "")
@@ -328,18 +328,21 @@ def destinations(model: nn.Module, applied: Applied, tensors: dict[str, Tensor])
             yield key, buffer
 
 
-def aligned(model: nn.Module, tensors: dict[str, Tensor], wanted: set[str], directory: Path) -> dict[str, Tensor]:
-    """The file's keys as this model spells them: the same, or with one prefix more or less on every module."""
+def aligned(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+    """The file's keys as this model spells them: the same, or with one prefix less, one more, or one for another."""
     if wanted <= set(tensors):
         return tensors
-    inner = [name for name, _ in model.named_modules() if name and name.count(".") < 2]
-    outer = {name_in(key).split(".")[0] for key in tensors} - {""}
-    moves = [partial(add_prefix, name) for name in inner] + [partial(drop_prefix, name) for name in sorted(outer)]
-    for move in moves:
-        moved = {with_name(key, move(name_in(key))): tensor for key, tensor in tensors.items()}
+    for less, more in itertools.product(*(prefixes([name_in(key) for key in keys]) for keys in (tensors, wanted))):
+        moved = {with_name(key, add_prefix(more, drop_prefix(less, name_in(key)))): t for key, t in tensors.items()}
         if wanted <= set(moved) and len(moved) == len(tensors):
             return moved
     return tensors
+
+
+def prefixes(names: list[str]) -> list[str]:
+    """ "", and the dotted starts that all names have, the shortest first."""
+    shared = common(names).split(".") if names else []
+    return ["", *(".".join(shared[: i + 1]) for i in range(len(shared)) if shared[i])]
 
 
 def name_in(key: str) -> str:
@@ -353,8 +356,8 @@ def with_name(key: str, name: str) -> str:
 
 
 def add_prefix(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if name else prefix
+    return ".".join(filter(None, (prefix, name)))
 
 
 def drop_prefix(prefix: str, name: str) -> str:
-    return "" if name == prefix else name.removeprefix(f"{prefix}.")
+    return "" if name == prefix else name.removeprefix(f"{prefix}.") if prefix else name
