@@ -127,6 +127,7 @@ _PUBLIC = {
     "compare": "lightning_peft.comparing",
     "MemoryLog": "lightning_peft.planning",
     "lora_plus_groups": "lightning_peft.groups",
+    "with_rates": "lightning_peft.rates",
     "paged_adamw": "lightning_peft.optim",
     "paged_adamw_8bit": "lightning_peft.optim",
     "adamw_8bit": "lightning_peft.optim",
@@ -259,4 +260,5 @@ if TYPE_CHECKING:
     from lightning_peft.planning import MemoryLog, plan
     from lightning_peft.precision import NF4FSDPPrecision, NF4Precision, dequantise, quantise
     from lightning_peft.quantised_files import empty_weights, load_quantised, save_quantised
+    from lightning_peft.rates import with_rates
     from lightning_peft.strategies import PEFTDDPStrategy, PEFTSingleDeviceStrategy, PEFTStrategyMixin

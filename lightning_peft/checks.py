@@ -70,8 +70,24 @@ def check_method(config: DictConfig) -> None:
             labels.append(build(node).name_on_model)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{name}: {error}") from error
+    check_rates(config, labels)
     if twice := {label for label in labels if labels.count(label) > 1}:
         raise ConfigError(f"peft: {len(labels)} methods, two of them labelled {twice.pop()!r}. Set label=...")
+
+
+def check_rates(config: DictConfig, labels: list[str]) -> None:
+    """Rates are those of methods that there are, or of heads."""
+    from lightning_peft import rates
+
+    given = config.get("rates")
+    known = [*labels, rates.HEADS]
+    if given is not None and (not isinstance(given, DictConfig) or set(given) - set(known)):
+        example = f"rates={{{known[0]}: 0.001}}"
+        raise ConfigError(f"rates={given}: rates are those of methods. Write {example}. Known: {', '.join(known)}.")
+    try:
+        rates.check_rates(given or {})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def methods_of(config: DictConfig) -> dict[str, DictConfig]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +21,18 @@ from lightning_peft.core.low_rank import LowRank
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
 """parameter groups -> optimizer, such as `partial(AdamW, lr=1e-3)`"""
 EMBEDDING_LR = 1e-6
+
+
+@runtime_checkable
+class Groups(Protocol):
+    """What makes an optimizer for a module, with groups of its own, out of one that takes groups."""
+
+    @property
+    def optimizer(self) -> MakeOptimizer | Groups:
+        """The one inside."""
+
+    def over(self, module: nn.Module) -> Optimizer:
+        """The optimizer of what trains in the module."""
 
 
 def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
@@ -121,6 +133,13 @@ class LoRAPlus:
         return optimizer
 
 
-def optimizer_of(module: nn.Module, make: MakeOptimizer | LoRAPlus) -> Optimizer:
+def innermost(make: MakeOptimizer | Groups) -> MakeOptimizer:
+    """What takes groups, without those who make them."""
+    while isinstance(make, Groups):
+        make = make.optimizer
+    return make
+
+
+def optimizer_of(module: nn.Module, make: MakeOptimizer | Groups) -> Optimizer:
     """The optimizer of what trains in the module."""
-    return make.over(module) if isinstance(make, LoRAPlus) else make(parameter_groups(module))
+    return make.over(module) if isinstance(make, Groups) else make(parameter_groups(module))

@@ -25,8 +25,9 @@ from lightning_peft.callback import PEFT
 from lightning_peft.checks import ConfigError, check_method, locate, methods_of
 from lightning_peft.config import build, plain
 from lightning_peft.gradient_checkpointing import configured
-from lightning_peft.groups import LoRAPlus, MakeOptimizer
+from lightning_peft.groups import Groups, LoRAPlus, MakeOptimizer
 from lightning_peft.logs import closing_loggers, one_log
+from lightning_peft.rates import Rates
 
 log = logging.getLogger("lightning_peft")
 KEEP = ("best", "last")
@@ -101,7 +102,7 @@ def build_task(config: DictConfig, classes: Sequence[str] = (), data: Any = None
     model = build(config.model, **count)
     names = {**count, "classes": list(classes)} if classes else {}
     steps = {
-        "optimizer": plus(build(config.optimizer), plain(config).get("lora_plus")),
+        "optimizer": rated(plus(build(config.optimizer), plain(config).get("lora_plus")), plain(config).get("rates")),
         "scheduler": build(config.scheduler),
     }
     return build(config.task, model=model, **steps, **names)
@@ -117,6 +118,11 @@ def plus(optimizer: MakeOptimizer, given: Any) -> MakeOptimizer | LoRAPlus:
         raise ConfigError(
             f"lora_plus={given!r}: {error} Known: a ratio, or {{ratio: 16, embedding_lr: 1e-6}}."
         ) from error
+
+
+def rated(optimizer: MakeOptimizer | Groups, given: Any) -> MakeOptimizer | Groups:
+    """The optimizer, or with `rates` the same with rates of their own for some methods."""
+    return Rates(optimizer, given) if given else optimizer
 
 
 def build_loggers(config: DictConfig) -> list[Logger]:

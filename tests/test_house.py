@@ -25,6 +25,7 @@ LAYERS = {  # a file may import from its own layer's number and below
     "extra_loss": 1,
     "kernels": 1,
     "groups": 1,
+    "rates": 2,
     "precision": 2,
     "quantised_files": 3,
     "callback": 2,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boring
 import pytest
 import torch
 import zoo
 from harness import differences, output, perturb, snapshot, train
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -27,14 +30,17 @@ from lightning_peft import (
     UniPELT,
     load_adapter,
     save_adapter,
+    with_rates,
 )
 from lightning_peft.core import state
 from lightning_peft.core.attention import scaled_dot_product
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import TargetError
+from lightning_peft.groups import LoRAPlus, optimizer_of, parameter_groups
 from lightning_peft.methods.s4 import spindle
 from lightning_peft.methods.unipelt import GatedPrefix
+from lightning_peft.rates import Rates
 
 SMALL: dict[str, Any] = {"length": 3, "rank": 3, "bottleneck": 6, "heads": None}
 
@@ -349,3 +355,60 @@ def test_files_of_a_list_find_their_places_at_any_depth(tmp_path: Path) -> None:
         for name in ("mam", "bitfit", "prompt_tuning"):
             load_adapter(wrap(fresh), tmp_path / name)
         torch.testing.assert_close(output(fresh, "bert"), output(net, "bert"), atol=1e-6, rtol=1e-6)
+
+
+# ------------------------------------------------------------------ learning rates
+def rates_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    """name -> rate and weight decay; each parameter is in one group."""
+    named = {id(p): name for name, p in net.named_parameters()}
+    found = [(named[id(p)], (g["lr"], g["weight_decay"])) for g in optimizer.param_groups for p in g["params"]]
+    assert len(found) == len(dict(found)) == len(state.trainable(net))
+    return dict(found)
+
+
+@pytest.mark.parametrize("ratio", [1, 16])
+def test_methods_of_a_list_may_have_rates_of_their_own(ratio: int) -> None:
+    net = zoo.build("bert")
+    LoRA(rank=2).apply(net)
+    BitFit().apply(net)
+    make = partial(torch.optim.AdamW, lr=0.5, weight_decay=0.1)
+    plus = make if ratio == 1 else LoRAPlus(make, ratio)
+    plain = rates_of(net, optimizer_of(net, plus))
+    found = rates_of(net, optimizer_of(net, Rates(plus, {"lora": 0.25, "heads": 2.0})))
+    for name, (rate, decay) in found.items():
+        wanted = {"a": 0.25, "b": 0.25 * ratio}.get(name.rpartition(".")[2], 2.0 if "classifier" in name else 0.5)
+        assert (rate, decay) == (wanted, plain[name][1]), name
+
+
+def test_rates_that_nothing_or_two_methods_have() -> None:
+    net = zoo.build("bert")
+    BitFit(heads=None).apply(net)
+    LNTuning(heads=None).apply(net)
+    optimizer = torch.optim.SGD(state.trainable(net).values(), lr=0.5)
+    with pytest.raises(ValueError, match="'lora' trains nothing in this Bert.*Known: bitfit, ln_tuning"):
+        with_rates(optimizer, net, {"lora": 0.1})
+    with pytest.raises(ValueError, match="bitfit and ln_tuning train a parameter together"):
+        with_rates(optimizer, net, {"bitfit": 0.1, "ln_tuning": 0.2})
+    with pytest.raises(ValueError, match="bitfit=-1 is no learning rate"):
+        Rates(torch.optim.SGD, {"bitfit": -1})
+    assert {group["lr"] for group in with_rates(optimizer, net, {"bitfit": 0.1}).param_groups} == {0.1, 0.5}
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed")
+def test_a_run_with_rates_goes_on_in_mid_epoch_to_the_bit(tmp_path: Path) -> None:
+    class Rated(boring.Boring):
+        def configure_optimizers(self) -> Any:
+            return with_rates(torch.optim.AdamW(parameter_groups(self), lr=0.01), self, {"bitfit": 0.05, "heads": 0.0})
+
+    def fit(folder: str, path: Path | None = None) -> boring.Boring:
+        torch.manual_seed(0)
+        keep = ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        module = Rated()
+        boring.trainer(tmp_path, [LoRA(rank=2), BitFit(), keep]).fit(module, boring.data(), ckpt_path=path)
+        return module
+
+    through = fit("a")
+    again = state.saved(fit("b", tmp_path / "a" / "step=3.ckpt"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.saved(through).items())
+    assert torch.equal(through.net.classifier.weight, boring.Boring().net.classifier.weight)

@@ -688,6 +688,7 @@ def test_the_command_plans_what_train_would_run(here: Path, capsys: pytest.Captu
         (["model=tiny_vit", "data=digits", "peft=full", "trainer.accelerator=cpu"], "batch 32 x 1 x 8 x 8; for cpu"),
         (["model=tiny_t5", "~peft", "precision=bf16_true"], "full trains"),
         (["experiment=two_methods", "model=tiny_bert"], "lora, parallel trains"),
+        (["peft=[lora,bitfit]", "rates={bitfit: 0.01}", "lora_plus=8", "model=tiny_bert"], "adamw, batch"),
     ],
 )
 def test_other_runs(words: list[str], expected: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

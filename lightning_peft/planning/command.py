@@ -17,6 +17,7 @@ from lightning_peft import checks
 from lightning_peft.callback import PEFT
 from lightning_peft.config import build, check, composed
 from lightning_peft.gradient_checkpointing import GradientCheckpointing, configured
+from lightning_peft.groups import innermost
 from lightning_peft.launch import own_directory
 from lightning_peft.methods.full import FullFineTuning
 from lightning_peft.methods.lora import LoRA
@@ -119,7 +120,8 @@ def subjects(config: DictConfig, given: argparse.Namespace) -> tuple[dict[str, A
     methods += [callback for callback in callbacks if isinstance(callback, PEFT)]
     recompute = next((c for c in callbacks if isinstance(c, GradientCheckpointing)), False)
     accelerator = "cpu" if config.trainer.get("accelerator") == "cpu" else "cuda"
-    settings = {"precision": precision(config), "optimizer": task.make_optimizer, "checkpointing": recompute}
+    optimizer: Any = task.make_optimizer
+    settings = {"precision": precision(config), "optimizer": innermost(optimizer), "checkpointing": recompute}
     settings |= {"offload": given.offload, "device": given.device or accelerator}
     batches = config.trainer.get("accumulate_grad_batches")
     settings |= {"accumulate": 1 if batches is None else batches}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from lightning_peft.groups import LoRAPlus, MakeOptimizer
+from lightning_peft.groups import Groups, MakeOptimizer
 from lightning_peft.tasks.batches import IGNORE
 from lightning_peft.tasks.optimisation import MakeScheduler
 from lightning_peft.tasks.task import Task
@@ -47,7 +47,7 @@ class CausalLM(Task):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: MakeOptimizer | LoRAPlus | None = None,
+        optimizer: MakeOptimizer | Groups | None = None,
         scheduler: MakeScheduler | None = None,
         max_new_tokens: int = 64,
     ) -> None:

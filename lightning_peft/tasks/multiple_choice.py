@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
-from lightning_peft.groups import LoRAPlus, MakeOptimizer
+from lightning_peft.groups import Groups, MakeOptimizer
 from lightning_peft.tasks.batches import IGNORE, pad
 from lightning_peft.tasks.optimisation import MakeScheduler
 from lightning_peft.tasks.task import Task
@@ -58,7 +58,7 @@ class MultipleChoice(Task):
         choices: int,
         unlikelihood: float = 1.0,
         normalised: float = 1.0,
-        optimizer: MakeOptimizer | LoRAPlus | None = None,
+        optimizer: MakeOptimizer | Groups | None = None,
         scheduler: MakeScheduler | None = None,
     ) -> None:
         super().__init__(model, optimizer, scheduler)

@@ -9,7 +9,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from typing_extensions import override
 
-from lightning_peft.groups import LoRAPlus, MakeOptimizer, optimizer_of
+from lightning_peft.groups import Groups, MakeOptimizer, optimizer_of
 from lightning_peft.tasks.optimisation import (
     DEFAULT_OPTIMIZER,
     MakeScheduler,
@@ -31,7 +31,7 @@ class Task(LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: MakeOptimizer | LoRAPlus | None = None,
+        optimizer: MakeOptimizer | Groups | None = None,
         scheduler: MakeScheduler | None = None,
     ) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Classification(Task):
         self,
         model: nn.Module,
         num_classes: int,
-        optimizer: MakeOptimizer | LoRAPlus | None = None,
+        optimizer: MakeOptimizer | Groups | None = None,
         scheduler: MakeScheduler | None = None,
         classes: list[str] | None = None,
         label_smoothing: float = 0.0,
