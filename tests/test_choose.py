@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lightning_peft
 from lightning_peft import catalogue, cli
 from lightning_peft.choosing import ChooseError, choose, risks
-from lightning_peft.choosing.base import Base, key_of, kind_of, words_of
+from lightning_peft.choosing.base import Base, command, key_of, kind_of, words_of
 from lightning_peft.choosing.candidates import Needs
 from lightning_peft.choosing.memory import lean
 from lightning_peft.choosing.starts import KINDS, STARTS, Start
@@ -194,9 +194,41 @@ def test_inference_puts_what_merges_first() -> None:
 
 
 def test_storage_puts_the_smallest_of_equals_first_and_whole_models_last() -> None:
-    order = names(storage=True)
+    order = [name for name in names(storage=True) if REGISTRY[name].info.family != "selective"]
     assert order[-1] == "full"
     assert order.index("vera") < order.index("pfeiffer")
+
+
+def test_a_file_holds_no_more_than_is_said(tmp_path: Any) -> None:
+    for candidate in choose(zoo.build("bert"), top=99, methods=["pissa", "lora_fa", "nola", "selective"]).candidates:
+        net, name = zoo.build("bert"), candidate.info.name
+        REGISTRY[name](**candidate.start.settings).apply(net)
+        save_adapter(net, tmp_path / name)
+        file = (tmp_path / name / "adapter.safetensors").read_bytes()
+        body = len(file) - 8 - int.from_bytes(file[:8], "little")
+        assert body <= candidate.bytes or name in ("diff_pruning", "lt_sft")  # which choose in a run
+    entries = 0.005 * sum(p.numel() for p in zoo.build("bert").bert.parameters())
+    pruned = next(c for c in choose(zoo.build("bert"), top=99).candidates if c.info.name == "diff_pruning")
+    assert pruned.bytes == pytest.approx(8 * entries, abs=8 + 4 * 99)  # and the head
+
+
+def test_what_is_asked_for_is_shown_or_left_out_with_the_reason() -> None:
+    chosen = choose(bert(), top=2, methods=["far", "lora", "cross_attention"])
+    assert [c.info.name for c in chosen.candidates] == ["lora", "parallel", "far"]
+    assert [c.asked for c in chosen.candidates] == [True, False, True]
+    assert "no cross-attention" in chosen.left_out["cross_attention"]
+    assert "no published settings are known here" in str(chosen)
+    assert f"{chosen.ranked - 4} more with --top" in str(chosen)
+    tight = choose(bert(), top=1, methods=["ia3"], memory="80GiB", batch=text_batch(8, 128, "classes"), device="cpu")
+    assert [c.info.name for c in tight.candidates] == ["lora", "ia3"]
+    with pytest.raises(ChooseError, match="'lroa' is no method. Known: .*lora"):
+        choose(bert(), methods=["lroa"])
+
+
+def test_a_rank_that_no_weight_has_is_left_out_before_there_are_weights() -> None:
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1, hidden_size=64))
+    assert "is more than a weight of (64, 64) has" in choose(model, top=99).left_out["pissa"]
 
 
 def test_many_tasks_put_what_batches_first() -> None:
@@ -330,6 +362,35 @@ def test_the_command_prints_a_command_that_composes(here: Any, capsys: Any) -> N
         assert build(config.peft).info.name == candidate["method"]
 
 
+def test_a_start_leaves_the_optimizer_and_the_scheduler_to_the_user() -> None:
+    lora = next(start for start in STARTS if start.method == "lora" and "classification" in start.kinds)
+    ia3 = next(start for start in STARTS if start.method == "ia3")
+    said = {
+        "optimizer=adam": ["optimizer.lr=", "scheduler"],
+        "optimizer=sgd": ["scheduler"],
+        "scheduler=constant": ["optimizer.lr=", "optimizer.weight_decay="],
+    }
+    for mine, kept in said.items():
+        words = shlex.split(command(words_of(lora), ["model=tiny_bert", mine]))[2:]
+        rest = [each for each in words if each.startswith(("optimizer.", "scheduler.", "scheduler=linear"))]
+        assert {each.partition("=")[0] for each in rest} <= {k.rstrip("=") for k in kept} | {"scheduler.warmup"}
+        assert all(any(each.startswith(k) for each in rest) for k in kept)
+        compose([*words, "run_dir=."])
+    assert "optimizer.lr" not in command(words_of(ia3), ["optimizer=adamw"])  # a rate for Adafactor
+
+
+def test_a_method_that_needs_other_codes_says_so() -> None:
+    qalora = next(start for start in STARTS if start.method == "qalora")
+    words = shlex.split(command(words_of(qalora), ["model=tiny_llama", "precision=nf4"]))
+    assert [word for word in words if word.startswith("precision=")] == ["precision=int4"]
+    given: dict[str, Any] = {"quantised": True, "batch": text_batch(2, 8), "device": "cpu", "precision": "nf4"}
+    widths = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**widths, vocab_size=64))
+    chosen = choose(model, memory="1GiB", methods=["qalora"], top=1, **given)
+    assert [c.plan and c.plan.precision for c in chosen.candidates] == ["nf4", "int4"]
+
+
 def test_a_list_of_methods_is_looked_at_one_by_one(here: Any, capsys: Any) -> None:
     rank = ["peft.dora.rank=256", "peft.dora.alpha=512"]
     assert cli.main(["choose", "model=tiny_bert", "peft=[bitfit,dora]", *rank, "optimizer.lr=0.01", "--top", "1"]) == 0
@@ -353,6 +414,7 @@ def test_the_command_as_json_alone_with_memory_and_codes(here: Any, capsys: Any)
         (["--examples", "0"], "number of examples"),
         (["--tasks", "0"], "number of tasks"),
         (["--top", "0"], "number of candidates"),
+        (["--memory=-3GiB"], "no size"),
         (["--json", "nowhere/x.json"], "no folder"),
     ],
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +15,11 @@ import lightning_peft.methods  # noqa: F401  fills the registry
 from lightning_peft.choosing.candidates import Candidate, ChooseError, Needs
 from lightning_peft.choosing.starts import KINDS, STARTS, Kind, Start
 from lightning_peft.core import state
-from lightning_peft.core.method import REGISTRY, NothingToTrainError
+from lightning_peft.core.method import REGISTRY, Method, NothingToTrainError
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.sites import TargetError
+from lightning_peft.methods.selective import ENTRY, SelectiveTuning
 from lightning_peft.planning.planner import counts, title
 from lightning_peft.planning.precision import QUANTISED, arithmetic
 from lightning_peft.planning.shadow import hollow
@@ -41,24 +44,50 @@ class Base:
             except QuantisationError as error:
                 raise ChooseError(f"The base cannot be quantised: {error}") from error
 
-    def starts(self) -> Iterator[Start]:
-        """Those for this model and this kind of data."""
+    def starts(self, asked: Collection[str] = ()) -> Iterator[Start]:
+        """Those for this model and this kind of data, and the defaults of others that are asked for."""
+        found = set()
         for start in STARTS:
             fits = self.kind in start.kinds and start.size[0] <= self.parameters < start.size[1]
             if fits and start.quantised in (None, self.needs.quantised):
+                found.add(start.method)
                 yield start
+        yield from (Start(name, None) for name in asked if name not in found)
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Methods that can be applied, with their counts."""
-        for start in self.starts():
+    def candidates(self, asked: Collection[str] = ()) -> Iterator[Candidate]:
+        """Methods with their settings, without their counts."""
+        for start in self.starts(asked):
             method = REGISTRY[start.method](**start.settings)
-            try:
-                facts = state.describe(method.apply(copy.deepcopy(self.shadow)))
-            except (TargetError, NothingToTrainError, QuantisationError, ValueError, NotImplementedError) as error:
-                self.left_out[start.method] = first_sentence(error)
-                continue
-            share = facts["trainable"] / max(self.parameters, 1)
-            yield Candidate(method.info, start, method, facts["trainable"], share, overrides=words_of(start))
+            yield Candidate(method.info, start, method, overrides=words_of(start))
+
+    def counted(self, c: Candidate) -> Candidate | None:
+        """With what it trains on this model; None, and a word on why, where it cannot be applied."""
+        try:
+            model = c.method.apply(copy.deepcopy(self.shadow))
+        except (TargetError, NothingToTrainError, QuantisationError, ValueError, NotImplementedError) as error:
+            self.left_out[c.info.name] = first_sentence(error)
+            return None
+        facts = state.describe(model)
+        size = facts["bytes"] + chosen_later(c.method, model)
+        return replace(c, trained=facts["trainable"], share=facts["trainable"] / self.parameters, bytes=size)
+
+
+def chosen_later(method: Method, model: nn.Module) -> int:
+    """What a file holds more than a checkpoint does before entries are chosen: a place and a value each."""
+    if not isinstance(method, SelectiveTuning):
+        return 0
+    chooser = method.chooser(model)
+    now = (*chooser.entries.parameters(), *chooser.entries.buffers())
+    return ENTRY * chooser.choice.count - sum(t.nbytes for t in now)
+
+
+def known(asked: Sequence[str]) -> tuple[str, ...]:
+    """Names of methods."""
+    for name in asked:
+        if name not in REGISTRY:
+            near = difflib.get_close_matches(name, REGISTRY, 3) or sorted(REGISTRY)
+            raise ChooseError(f"methods={[*asked]}: {name!r} is no method. Known: {', '.join(near)}.")
+    return tuple(dict.fromkeys(asked))
 
 
 def in_codes(model: nn.Module, precision: Any) -> bool:
@@ -95,11 +124,29 @@ def word(value: Any) -> str:
 
 
 def command(overrides: Sequence[str], words: Sequence[str]) -> str:
-    """The command that starts a run: the user's words, then what of the start they leave open."""
-    mine = [given for given in words if not given.startswith(("peft=", "peft.", "peft/"))]
-    keys = {key_of(given) for given in mine}
-    rest = [each for each in overrides if key_of(each) not in keys]
+    """The command that starts a run: the user's words, then what of the start they leave open.
+
+    Codes of the kind that a method needs are its own to say.
+    """
+    theirs = ("peft=", "peft.", "peft/", "~peft", "+peft", *(w for w in ("precision=",) if precision_of(overrides)))
+    mine = [given for given in words if not given.startswith(theirs)]
+    keys = {key_of(given): given.partition("=")[2] for given in mine}
+    rest = [each for each in overrides if key_of(each) not in keys and not foreign(key_of(each), keys, overrides)]
     return shlex.join(["lightning-peft", "train", *mine, *rest])
+
+
+def precision_of(overrides: Sequence[str]) -> str | None:
+    """The precision that a start asks for."""
+    return next((each.partition("=")[2] for each in overrides if key_of(each) == "precision"), None)
+
+
+def foreign(key: str, given: Mapping[str, str], overrides: Sequence[str]) -> bool:
+    """Whether a setting belongs to another optimizer or scheduler than the user's; all of Adam's kind share a rate."""
+    group, _, name = key.partition(".")
+    if group not in ("optimizer", "scheduler") or group not in given:
+        return False
+    own = any(key_of(each) == group for each in overrides)
+    return own or not (name == "lr" and "adam" in given[group])
 
 
 def key_of(override: str) -> str:

@@ -59,23 +59,21 @@ class Reason:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method for this model. trained: parameters; share: of all; bytes: of them in fp32, which a task's file holds at
-    most; overrides: the start as words of a command line; plan: where memory was given.
+    """A method for this model. trained: parameters; share: of all; bytes: that a task's file holds at most;
+    overrides: the start as words of a command line; plan: where memory was given; asked: named by the user.
     """
 
     info: Info
     start: Start
     method: Method
-    trained: int
-    share: float
+    trained: int = 0
+    share: float = 0.0
     reasons: tuple[Reason, ...] = ()
     overrides: tuple[str, ...] = ()
     plan: Plan | None = None
     command: str = ""
-
-    @property
-    def bytes(self) -> int:
-        return 4 * self.trained
+    asked: bool = False
+    bytes: int = 0
 
     @property
     def points(self) -> int:
@@ -84,7 +82,12 @@ class Candidate:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         found = {"method": self.info.name, "points": self.points, "trained": self.trained, "share": self.share}
-        found |= {"bytes": self.bytes, "info": dataclasses.asdict(self.info), "source": self.start.source or None}
+        found |= {
+            "asked": self.asked,
+            "bytes": self.bytes,
+            "info": dataclasses.asdict(self.info),
+            "source": self.start.source or None,
+        }
         found |= {"reasons": [dataclasses.asdict(reason) for reason in self.reasons], "overrides": [*self.overrides]}
         return found | {
             "command": self.command,
@@ -94,7 +97,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Candidates, best first; left_out: method -> why it cannot be used here; risks: of settings that were given."""
+    """Candidates, best first; left_out: method that would come before the last -> why it cannot be used here; ranked:
+    how many were put in order; risks: of settings that were given.
+    """
 
     model: str
     parameters: int
@@ -103,21 +108,27 @@ class Chosen:
     candidates: tuple[Candidate, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     risks: tuple[str, ...] = ()
+    ranked: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         found = {"model": self.model, "parameters": self.parameters, "kind": self.kind}
         found |= {"needs": dataclasses.asdict(self.needs), "left_out": dict(self.left_out), "risks": [*self.risks]}
+        found |= {"ranked": self.ranked}
         return found | {"candidates": [candidate.as_dict() for candidate in self.candidates]}
 
     def __str__(self) -> str:
-        head = f"{self.model}, {number(self.parameters)} parameters, {self.kind}; {self.needs}"
-        body = [line for place, c in enumerate(self.candidates, 1) for line in ["", *lines(place, c)]]
-        out = [f"  {name}: {why}" for name, why in self.left_out.items()]
-        foot = ["", "left out:", *out] if out else []
-        return "\n".join(
-            [head, *body, *foot, *([""] if self.risks else []), *(f"risky: {line}" for line in self.risks)]
-        )
+        text = [f"{self.model}, {number(self.parameters)} parameters, {self.kind}; {self.needs}"]
+        for place, candidate in enumerate(self.candidates, 1):
+            text += ["", *lines(place, candidate)]
+        text += ["", "nothing fits"] if not self.candidates else []
+        text += ["", "left out:"] if self.left_out else []
+        for why in dict.fromkeys(self.left_out.values()):
+            text.append(f"  {', '.join(name for name, said in self.left_out.items() if said == why)}: {why}")
+        more = self.ranked - len(self.candidates) - len(self.left_out)
+        text += ["", f"{more} more with --top {self.ranked}; any other with peft=<name>"] if more > 0 else []
+        text += [""] if self.risks else []
+        return "\n".join([*text, *(f"risky: {line}" for line in self.risks)])
 
 
 def lines(place: int, c: Candidate) -> list[str]:
@@ -125,11 +136,33 @@ def lines(place: int, c: Candidate) -> list[str]:
     facts = [f"trains {c.trained:,} ({100 * c.share:.3g} %)", f"a file of {show(c.bytes)} at most"]
     facts += [f"peak {show(c.plan.total)}"] if c.plan else []
     warned = [f"   risky: {line}" for line in risks(c.method)]
+    points = f"{c.points} point{'s' * (c.points != 1)}{', asked for' if c.asked else ''}"
     return [
-        f"{place}. {c.info.name} ({c.points} points): {c.info.equation}",
+        f"{place}. {c.info.name} ({points}): {c.info.equation}",
         f"   {', '.join(facts)}",
+        f"   {declared(c.info)}",
         *(f"   {reason}" for reason in c.reasons),
         f"   from: {c.start.source or 'the defaults of this library; no published settings are known here'}",
         *warned,
         f"   {c.command}",
     ]
+
+
+OVERHEAD = {
+    "none": "merges: nothing more to compute at inference",
+    "products": "layers of its own at inference",
+    "tokens": "longer sequences or more keys at inference",
+    "prompt": "a cost on the prompt at inference",
+}
+STORAGE = {
+    "adapter": "a task is an adapter",
+    "weights": "a task is changed weights",
+    "model": "a task is a whole model",
+}
+
+
+def declared(info: Info) -> str:
+    """What a method says about itself."""
+    through = "backward through the base" if info.backprop else "no backward through the base"
+    said = [OVERHEAD[info.overhead], through, STORAGE[info.storage]]
+    return "; ".join([*said, *(["a batch can hold several tasks"] if info.batched else [])])

@@ -43,7 +43,8 @@ def run(given: argparse.Namespace) -> None:
     subject, settings = subjects(config, given)
     names = ("memory", "examples", "inference", "storage", "tasks", "top")
     needs = {name: getattr(given, name) for name in names}
-    chosen = choose(subject["module"], **needs, kind=config.kind, batch=subject["batch"], words=words, **settings)
+    how = {"kind": config.kind, "batch": subject["batch"], "words": words, "methods": asked(config, words)}
+    chosen = choose(subject["module"], **needs, **how, **settings)
     show(dataclasses.replace(chosen, risks=tuple(own_risks(config, words, given.examples))), given.json)
 
 
@@ -60,6 +61,12 @@ def check(given: argparse.Namespace) -> None:
 def quantised(config: Any) -> bool:
     """Whether the words ask for codes already."""
     return config.get("precision") is not None and arithmetic(build(config.precision)).name in QUANTISED
+
+
+def asked(config: Any, words: list[str]) -> list[str]:
+    """Methods that the user's own words name."""
+    named = any(word.startswith(("peft=", "experiment=")) for word in words)
+    return [build(node).info.name for node in methods_of(config).values()] if named else []
 
 
 def own_risks(config: Any, words: list[str], examples: int | None) -> list[str]:

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from lightning_peft.choosing.base import Base, first_sentence
+from lightning_peft.choosing.base import Base, first_sentence, precision_of
 from lightning_peft.choosing.candidates import Candidate, Reason
 from lightning_peft.core.method import REGISTRY, NothingToTrainError
 from lightning_peft.core.quant import QuantisationError
@@ -24,16 +24,24 @@ MISSES = 3
 
 
 def fitting(found: list[Candidate], base: Base, top: int, settings: dict[str, Any]) -> list[Candidate]:
-    """The first `top` that fit the memory, with their plans; what it takes costs points, what saves most gains some."""
+    """The first `top` that fit the memory, and those that are asked for, with their plans.
+
+    What it takes costs points, and what saves most gains some where others do not fit as they are.
+    """
     kept: list[Candidate] = []
     ways = [*Ways(base, settings)]
     waiting, missed = list(found), 0
-    while waiting and len(kept) < top:
+    while waiting:
         candidate = waiting.pop(0)
-        if missed == MISSES and candidate.info.backprop:
+        if len(kept) >= top and not candidate.asked:
+            continue
+        if missed >= MISSES and candidate.info.backprop and not candidate.asked:
             base.left_out[candidate.info.name] = "not planned, as others that go through the backbone do not fit"
             continue
-        made = planned(candidate, base, ways)
+        counted = candidate if candidate.trained else base.counted(candidate)
+        if counted is None:
+            continue
+        made = planned(counted, base, ways)
         kept += [made] if made is not None else []
         missed += made is None and candidate.info.backprop
         if candidate.info.backprop and (made is None or made.reasons[-1].points):
@@ -85,11 +93,12 @@ class Ways:
 def planned(c: Candidate, base: Base, ways: list[Way]) -> Candidate | None:
     """The candidate in the first way that fits; None, and a word on why, where none does."""
     limit, totals = base.needs.memory or 0, []
+    own = {} if (codes := precision_of(c.start.run)) is None else {"precision": codes}
     for way in ways:
         total, made = way.weights, None
         if total <= limit:
             try:
-                made = quick(base.model, REGISTRY[c.info.name](**c.start.settings), **way.settings)
+                made = quick(base.model, REGISTRY[c.info.name](**c.start.settings), **{**way.settings, **own})
             except (PlanError, TargetError, QuantisationError, NothingToTrainError) as error:
                 base.left_out[c.info.name] = first_sentence(error)
                 continue

@@ -23,6 +23,9 @@ def ranked(candidate: Candidate, base: Base) -> Candidate:
 
 def of_results(c: Candidate, base: Base) -> Iterator[Reason]:
     """What comparisons say, when nothing else counts."""
+    if c.start.standing is None:
+        yield Reason(1, "no comparison with the others is known here")
+        return
     said = {3: "as good as full fine-tuning in comparisons", 2: "close to full fine-tuning in comparisons"}
     yield Reason(2 * c.start.standing, said.get(c.start.standing, "below the others in comparisons"))
 
@@ -45,7 +48,8 @@ def of_inference(c: Candidate, base: Base) -> Iterator[Reason]:
 def of_storage(c: Candidate, base: Base) -> Iterator[Reason]:
     """What a task's file holds."""
     if base.needs.storage:
-        points = -8 if c.info.storage == "model" else max(-3, min(6, round(-2 * math.log10(max(c.share, 1e-9)) - 4)))
+        share = max(c.bytes / (4 * base.parameters), 1e-9)
+        points = -8 if c.info.storage == "model" else max(-3, min(6, round(-2 * math.log10(share) - 4)))
         yield Reason(points, f"{show(c.bytes)} a task")
 
 

@@ -2,8 +2,9 @@
 
 A table of data. `standing` is where comparisons put the method's results, when nothing else is asked for: 3 as full
 fine-tuning, 2 close to it, 1 below, 0 a baseline. Of GLUE-like tasks: full ~ Houlsby ~ MAM ~ LoRA >= Pfeiffer >= BitFit
-> LN-Tuning ~ prefix > prompt. It orders what `choose` prints, and is no measurement of ours. Figures come from the text
-of a paper or of its authors' code; where `source` is empty there are none, and the defaults of this library stand.
+> LN-Tuning ~ prefix > prompt; None where no comparison is known here. It orders what `choose` prints, and is no
+measurement of ours. Figures come from the text of a paper or of its authors' code; where `source` is empty there are
+none, and the defaults of this library stand. A method without a row is looked at when it is asked for.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Start:
     """
 
     method: str
-    standing: int
+    standing: int | None
     source: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     run: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Start:
 
 
 BILLION = 10**9
+OUR_RATE = "(the rate is this library's)"
 QLORA = "QLoRA, 2305.14314, and the defaults of its code: adapters on every projection matter more than their rank"
 STARTS = (
     Start("lora", 3, QLORA, {"targets": "all-linear", "rank": 64, "alpha": 16.0},
@@ -47,9 +49,9 @@ STARTS = (
     Start("lora", 3, "LoRA, 2106.09685, and its code: GPT-2",
           {"targets": "q,v", "rank": 4, "alpha": 32.0, "dropout": 0.1},
           ("optimizer.lr=0.0002", "optimizer.weight_decay=0.01", *LINEAR), ("causal-lm",), (0, BILLION)),
-    Start("lora", 3, "LoRA, 2106.09685, and its code: DeBERTa-XXL, MNLI",
-          {"targets": "q,v", "rank": 16, "alpha": 32.0}, ("optimizer.lr=0.0001", "optimizer.weight_decay=0.0", *LINEAR,
-          "scheduler.warmup=1000"), ("classification",), (BILLION, float("inf"))),
+    Start("lora", 3, "LoRA, 2106.09685, and its code: DeBERTa-XXL, MNLI (warm-up there: 1,000 steps)",
+          {"targets": "q,v", "rank": 16, "alpha": 32.0}, ("optimizer.lr=0.0001", "optimizer.weight_decay=0.0",
+          *SIX_PERCENT), ("classification",), (BILLION, float("inf"))),
     Start("lora", 3, "LoRA, 2106.09685, and its code: RoBERTa, MNLI", {"targets": "q,v", "rank": 8, "alpha": 16.0},
           ("optimizer.lr=0.0005", "optimizer.weight_decay=0.1", *SIX_PERCENT), ("classification",), (0, BILLION)),
     Start("lora", 3, kinds=("image",)),
@@ -101,10 +103,23 @@ STARTS = (
           ("causal-lm",), (BILLION, float("inf"))),
     Start("mora", 2, "MoRA, 2405.12130: LLaMA-2 7B", {"targets": "all-linear", "rank": 8, "type": 6},
           ("optimizer.lr=0.0003", *LINEAR), ("causal-lm",)),
-    Start("compacter_pp", 2, "Compacter, 2106.04647, code: T5-base", {"bottleneck": 24, "n": 4, "norms": True},
-          ("optimizer.lr=0.003", *LINEAR, "scheduler.warmup=500"), TEXT),
+    Start("compacter_pp", 2, "Compacter, 2106.04647, code: T5-base (warm-up there: 500 steps)",
+          {"bottleneck": 24, "n": 4, "norms": True}, ("optimizer.lr=0.003", *SIX_PERCENT), TEXT),
     Start("adamix", 2, "AdaMix, 2205.12410, code: RoBERTa-large", {"bottleneck": 16, "experts": 4},
           ("optimizer.lr=0.0003", *LINEAR), ("classification",)),
+    Start("fish", 2, f"FISH Mask, 2111.09839, and its code: GLUE with BERT-large {OUR_RATE}",
+          {"budget": 0.005, "samples": 1024}, (), ("classification",)),
+    Start("unipelt", 2, f"UniPELT, 2110.07577: GLUE with BERT-base {OUR_RATE}",
+          {"length": 10, "rank": 8, "bottleneck": 48}, (), ("classification",),
+          few="UniPELT, 2110.07577, abstract: ahead of each of its parts with 100 to 1,000 examples"),
+    Start("s4", 2, "S4, 2301.01821: 0.5 % in four groups of blocks (their sizes and the rate are this library's)",
+          {"budget": 0.005}, (), TEXT),
+    Start("lt_sft", 2, f"LT-SFT, 2110.07560, and its code: a task with XLM-R {OUR_RATE}",
+          {"budget": 14_155_776, "measure": "parameters"}, (), TEXT, (10**8, BILLION)),
+    Start("surgical", 2, f"Surgical fine-tuning, 2210.11466, code: shifted images {OUR_RATE}", {},
+          ("optimizer=adam",), ("image",)),
+    Start("spafit", 2, kinds=("classification",)),
+    Start("cross_attention", 2, kinds=("causal-lm",)),
     Start("adaptformer", 2, kinds=("image",)),
     Start("ssf", 2, kinds=("image",)),
     Start("vpt", 1, kinds=("image",)),
@@ -119,5 +134,12 @@ STARTS = (
     Start("lst", 1, "LST, 2206.06522, code: T5-base", {"reduction": 8}, ("optimizer.lr=0.003",), TEXT, quantised=False),
     Start("prompt_tuning", 0, "experiment=prompt_tuning of this library", {},
           ("optimizer.lr=0.05", "optimizer.weight_decay=0.0", "scheduler=constant"), TEXT),
+    Start("diff_pruning", None, "DiffPruning, 2012.07463, and its code: GLUE with BERT-large",
+          {"budget": 0.005, "penalty": 1.25e-7}, ("optimizer.lr=0.00001", "trainer.gradient_clip_val=1.0"),
+          ("classification",)),
+    Start("adalora", None, f"AdaLoRA, 2303.10512: ranks from 12 to 8 {OUR_RATE}",
+          {"targets": "all-linear", "rank": 12, "target": 8}, (), TEXT),
+    Start("fourierft", None, f"FourierFT, 2405.03003: GLUE with RoBERTa {OUR_RATE}", {"targets": "q,v", "count": 1000},
+          (), ("classification",)),
     Start("linear_probe", 0, kinds=("classification", "image")),
 )  # fmt: skip

@@ -82,13 +82,13 @@ class Started(LowRank):
     @torch.no_grad()
     def reset(self, draw: Draw) -> None:
         weight = base_weight(self.place)
-        if weight.is_meta:
-            return
         if len(self.a) > min(weight.shape):
             raise TargetError(
                 f"rank={len(self.a)} is more than a weight of {tuple(weight.shape)} has. Choose at most "
                 f"{min(weight.shape)}, for this site through ranks={{...}}, or exclude it."
             )
+        if weight.is_meta:
+            return
         self.begin(*self.start(weight.to(torch.promote_types(weight.dtype, torch.float32)), draw))
         if self.c is not None:
             draw.zeros(self.c)
