@@ -13,6 +13,7 @@ import pytest
 import torch
 import wandb_offline
 from harness import reviews
+from omegaconf import OmegaConf
 
 import lightning_peft
 from lightning_peft import cli, results, train
@@ -21,7 +22,7 @@ from lightning_peft.comparing import compare
 from lightning_peft.comparing.comparison import product, seeds_of, slug, word
 from lightning_peft.comparing.meter import Meter
 from lightning_peft.comparing.table import COLUMNS, Comparison, Row, Run, names
-from lightning_peft.config import compose
+from lightning_peft.config import compose, plain
 
 QUIET = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=1", "logger=none"]
 QUIET += ["trainer.limit_train_batches=3", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
@@ -109,7 +110,7 @@ def test_files(found: Comparison, folder: Path) -> None:
     assert table[-1]["error"].startswith("TargetError")
     lines = (home / "compare.md").read_text().splitlines()
     assert lines[0].startswith("|  | test/accuracy | seeds | trained |")
-    assert len(lines) == 2 + 3 + 1 + 2
+    assert len(lines) == 2 + 3 + 1 + 1 + 2
     assert "failed: lora peft.targets=nowhere, seed 1: TargetError" in str(found)
 
 
@@ -137,10 +138,58 @@ def test_one_seed_has_no_deviation_and_half_a_row_says_so() -> None:
 
 def test_a_run_that_diverged_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = stub_of(0) | {"test": {"test/accuracy": math.nan}}
-    monkeypatch.setattr("lightning_peft.comparing.comparison.train", lambda config, callbacks: stub)
+    monkeypatch.setattr("lightning_peft.comparing.runs.train", lambda config, callbacks: stub)
     assert compare(TASK, directory=tmp_path).rows[0].runs[0].error == (
         "ArithmeticError: test/accuracy is nan: the run diverged."
     )
+
+
+def test_the_best_run_is_named() -> None:
+    said = [table_of([0.1, 0.4], [0.3, None], maximum=maximum).foot() for maximum in (True, False)]
+    assert said == [["best run: r0, seed 1, test/x 0.4000, "], ["best run: r0, seed 0, test/x 0.1000, "]]
+    assert table_of([None]).foot() == []
+    assert table_of([None]).as_dict()["best"] is None
+
+
+# ------------------------------------------------------------------ again
+def test_a_comparison_that_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    stop = [3]
+
+    def train_one(config: Any, callbacks: Any) -> Any:
+        where = Path(config.run_dir)
+        if len(ran) == stop[0]:
+            raise KeyboardInterrupt
+        ran.append(f"{where.parent.name} {config.seed} {config.optimizer.lr}")
+        where.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(plain(config)), where / "config.yaml")
+        if config.optimizer.lr == 3:
+            raise ValueError("no")
+        return stub_of(config.seed)
+
+    monkeypatch.setattr("lightning_peft.comparing.runs.train", train_one)
+    said: list[str] = []
+    rows = ["peft=lora", "peft=bitfit optimizer.lr=3"]
+    with pytest.raises(KeyboardInterrupt):
+        compare(TASK, rows=rows, seeds=2, directory=tmp_path / "x", say=said.append)
+    assert said[-1] == f"interrupted; the same words with run_dir={tmp_path / 'x'} go on from here"
+    assert len(ran) == 3
+    stop[0] = 99
+    made = compare(TASK, rows=rows, seeds=2, directory=tmp_path / "x", say=said.append)
+    assert ran[3:] == ["1-bitfit_optimizer.lr_3 0 3", "1-bitfit_optimizer.lr_3 1 3"]  # what failed is run again
+    assert [run.value for run in made.rows[0].runs] == [0.5, 0.6]
+    assert "lora, seed 0, from before" in said
+    compare([*TASK, "optimizer.lr=0.5"], rows=["peft=lora", "peft=ia3"], directory=tmp_path / "x")
+    assert ran[5:] == ["0-lora 0 0.5", "1-ia3 0 0.5"]  # another run than the one that is there
+    (tmp_path / "x" / "0-lora" / "seed-0" / "config.yaml").unlink()
+    compare([*TASK, "optimizer.lr=0.5"], rows=["peft=lora", "peft=ia3"], directory=tmp_path / "x")
+    assert ran[7:] == ["0-lora 0 0.5"]
+    (tmp_path / "x" / "1-ia3" / "seed-0" / "run.json").write_text("[]")
+    compare([*TASK, "optimizer.lr=0.5"], rows=["peft=lora", "peft=ia3"], directory=tmp_path / "x")
+    assert ran[8:] == ["1-ia3 0 0.5"]
+    (tmp_path / "x" / "0-lora" / "seed-0" / "error.txt").touch()  # of a try before the last
+    compare([*TASK, "optimizer.lr=0.25"], rows=["peft=lora", "peft=ia3"], directory=tmp_path / "x")
+    assert not (tmp_path / "x" / "0-lora" / "seed-0" / "error.txt").exists()
 
 
 # ------------------------------------------------------------------ words
@@ -158,7 +207,7 @@ def test_paths_with_anything_in_them(tmp_path: Path) -> None:
     assert compose([*TASK, f"run_dir={word(where)}"]).run_dir == str(where)
 
 
-@pytest.mark.parametrize("seeds", [0, -1, [], [0, 0], ["a"], True, [-1]])
+@pytest.mark.parametrize("seeds", [0, -1, [], [0, 0], ["a"], True, [-1], None, 2.5, [True], {}])
 def test_seeds_that_are_none(seeds: Any) -> None:
     with pytest.raises(ConfigError, match="give how many"):
         seeds_of(seeds)
@@ -188,7 +237,7 @@ def test_what_is_wrong_shows_before_anything_runs(words: list[str], rows: Any, s
 
 def test_a_metric_that_the_test_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = {"test": {"test/loss": 1.0}}
-    monkeypatch.setattr("lightning_peft.comparing.comparison.train", lambda config, callbacks: stub)
+    monkeypatch.setattr("lightning_peft.comparing.runs.train", lambda config, callbacks: stub)
     made = compare(TASK, directory=tmp_path)
     assert "The test has no test/accuracy. Known: test/loss." in made.errors()[0]
     assert (tmp_path / "0-as_configured").is_dir()
@@ -244,7 +293,7 @@ def test_errors_of_the_command(argv: list[str], words: str, capsys: Any) -> None
 
 def test_a_table_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setattr("lightning_peft.comparing.comparison.train", lambda config, callbacks: stub_of(config.seed))
+    monkeypatch.setattr("lightning_peft.comparing.runs.train", lambda config, callbacks: stub_of(config.seed))
     words = [*TASK[:-1], "logger=wandb", "logger.wandb.offline=true", "peft=lora,ia3"]
     compare(words, seeds=2, directory=tmp_path)
     (run,) = wandb_offline.read_all(tmp_path)

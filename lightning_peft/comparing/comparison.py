@@ -4,21 +4,18 @@
     lightning-peft compare peft=lora,bitfit,ia3 seeds=3 model=minilm trainer.max_epochs=1
 
 Each run is a run directory of `train`. A run that fails is an entry with its error. There is no search: what is
-compared is what was asked for.
+compared is what was asked for. Into a directory of a comparison before, runs that are there already are not run again:
+so one that was interrupted goes on, and one can get more rows or seeds.
 """
 
 from __future__ import annotations
 
 import datetime
 import itertools
-import logging
-import math
 import re
 import shlex
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
@@ -26,14 +23,12 @@ from omegaconf import DictConfig
 
 from lightning_peft import tracking
 from lightning_peft.checks import ConfigError
-from lightning_peft.comparing.meter import Meter
-from lightning_peft.comparing.table import Comparison, Row, Run, names
+from lightning_peft.comparing.runs import earlier, one
+from lightning_peft.comparing.table import Comparison, Row, names
 from lightning_peft.config import compose, explain
 from lightning_peft.logs import closing_loggers
 from lightning_peft.train import build_loggers
-from lightning_peft.train import run as train
 
-log = logging.getLogger("lightning_peft")
 LONGEST = 60
 """Letters of a row's name in the name of its directory."""
 ONE = (1, "1", [0], "auto")
@@ -53,8 +48,9 @@ def compare(
 
     words: of `lightning-peft train`; a choice is values with commas (peft=lora,bitfit). rows: words of each row alone,
     beside the common ones, such as "peft=lora peft.rank=4"; all choices are combined with each. seeds: how many (0, 1,
-    ...), or which. directory: where the runs go; None is outputs/<date>/<time>-compare. configs: a directory of the
-    user's own; name: of the config to begin with. say: is told of progress. Errors: ConfigError, before anything runs.
+    ...), or which. directory: where the runs go, and may be already; None is outputs/<date>/<time>-compare. configs: a
+    directory of the user's own; name: of the config to begin with. say: is told of progress.
+    Errors: ConfigError, before anything runs.
     """
     chosen = seeds_of(seeds)
     points = [point for row in (rows or [()]) for point in product([*words, *split(row)])]
@@ -68,16 +64,26 @@ def compare(
         raise ConfigError(f"Two rows are the same: {', '.join(sorted(twice))}. Leave one of them out.")
     found = Comparison(metric, maximum, chosen, tuple(words))
     found.rows = [Row(title, tuple(point)) for title, point in zip(titles, points, strict=True)]
-    for seed in chosen:  # all rows have a first seed before one has a second
-        for number, row in enumerate(found.rows):
-            say(f"{row.name}, seed {seed}")
-            where = home / f"{number}-{slug(row.name)}" / f"seed-{seed}"
-            own = [*row.words, f"seed={seed}", f"run_dir={word(where)}", "trainer.devices=1"]
-            row.runs.append(one(own, seed, where, metric, configs, name))
-            found.write(home)
+    fill(found, home, configs, name, say)
     log_table(made[0], found, home)
     say(f"all files in {home}")
     return found
+
+
+def fill(found: Comparison, home: Path, configs: str | Path | None, name: str, say: Callable[[str], object]) -> None:
+    """Run what is not there yet; all rows have a first seed before one has a second."""
+    try:
+        for seed in found.seeds:
+            for number, row in enumerate(found.rows):
+                where = home / f"{number}-{slug(row.name)}" / f"seed-{seed}"
+                own = [*row.words, f"seed={seed}", f"run_dir={word(where)}", "trainer.devices=1"]
+                kept = earlier(compose(own, configs, name), where)
+                say(f"{row.name}, seed {seed}{', from before' if kept is not None else ''}")
+                row.runs.append(kept or one(own, seed, where, found.metric, configs, name))
+                found.write(home)
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        say(f"interrupted; the same words with run_dir={home} go on from here")
+        raise
 
 
 # ------------------------------------------------------------------ what is compared
@@ -106,8 +112,9 @@ def split(row: str | Sequence[str]) -> list[str]:
 def seeds_of(seeds: int | Sequence[int]) -> tuple[int, ...]:
     """3 -> (0, 1, 2)"""
     counted = range(seeds) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
-    found = () if isinstance(counted, bool) else tuple(counted)
-    if not found or not all(isinstance(seed, int) and seed >= 0 for seed in found) or len(set(found)) < len(found):
+    found = tuple(counted) if isinstance(counted, Sequence) else ()
+    plain = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in found)
+    if not found or not plain or len(set(found)) < len(found):
         raise ConfigError(f"seeds={seeds!r}: give how many (1 or more), or different ones, such as seeds=[0,1,2].")
     return found
 
@@ -145,36 +152,6 @@ def slug(name: str) -> str:
 def word(path: Path) -> str:
     """A path as Hydra reads it, whatever is in it."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-# ------------------------------------------------------------------ one run
-def one(words: list[str], seed: int, where: Path, metric: str, configs: Any, name: str) -> Run:
-    """A run of `train`, or the error that ended it; its traceback goes to error.txt."""
-    meter = Meter()
-    try:
-        found = train(compose(words, configs, name), [meter])
-        value = measured(found["test"], metric)
-    except Exception as error:
-        where.mkdir(parents=True, exist_ok=True)
-        (where / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        said = " ".join(str(error).split())
-        log.warning("%s failed: %s: %s", where, type(error).__name__, said)
-        return Run(seed, str(where), error=f"{type(error).__name__}: {said}")
-    counts = found["counts"]
-    percent = counts.get("percent", 100 * counts["trainable"] / max(counts["total"], 1))
-    return Run(
-        seed, str(where), value, counts["trainable"], percent, found["adapter"]["bytes"] or None, meter.peak_bytes,
-        meter.step_ms, found["seconds"]["fit"],
-    )  # fmt: skip
-
-
-def measured(test: Mapping[str, float], metric: str) -> float:
-    """The value of the metric, if the run has one."""
-    if metric not in test:
-        raise ConfigError(f"The test has no {metric}. Known: {', '.join(test)}. Set monitor.name to one that it has.")
-    if not math.isfinite(test[metric]):
-        raise ArithmeticError(f"{metric} is {test[metric]}: the run diverged.")
-    return test[metric]
 
 
 def log_table(config: DictConfig, found: Comparison, home: Path) -> None:

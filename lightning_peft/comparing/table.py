@@ -88,11 +88,26 @@ class Comparison:
         sign = -1 if self.maximum else 1
         return sorted(cells, key=lambda c: (1, 0.0) if c["mean"] is None else (0, sign * c["mean"]))
 
+    @property
+    def best(self) -> tuple[Row, Run] | None:
+        """The run with the best value, and its row."""
+        runs = [(row, run) for row in self.rows for run in row.runs if run.value is not None]
+        sign = 1 if self.maximum else -1
+        return max(runs, key=lambda pair: sign * (pair[1].value or 0.0), default=None)
+
+    def foot(self) -> list[str]:
+        """The best run in words."""
+        if self.best is None:
+            return []
+        row, run = self.best
+        return [f"best run: {row.name}, seed {run.seed}, {self.metric} {run.value:.4f}, {run.directory}"]
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         found = {"metric": self.metric, "maximum": self.maximum, "seeds": [*self.seeds], "words": [*self.words]}
         rows = [{**asdict(row), "words": [*row.words]} for row in self.rows]
-        return {**found, "table": self.table(), "rows": rows}
+        best = None if self.best is None else {"name": self.best[0].name, **asdict(self.best[1])}
+        return {**found, "best": best, "table": self.table(), "rows": rows}
 
     def csv(self) -> str:
         """One line a row."""
@@ -108,11 +123,12 @@ class Comparison:
         return [head, *(shown(cells) for cells in self.table())]
 
     def markdown(self) -> str:
-        """A table for a README, errors below it."""
+        """A table for a README, the best run and errors below it."""
         lines = self.lines()
         text = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
         rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in text]
-        return "\n".join([*rows, *([""] if self.errors() else []), *(f"- {error}" for error in self.errors())]) + "\n"
+        below = [*self.foot(), *self.errors()]
+        return "\n".join([*rows, *([""] if below else []), *(f"- {line}" for line in below)]) + "\n"
 
     def errors(self) -> list[str]:
         """A line for each run that failed."""
@@ -123,7 +139,7 @@ class Comparison:
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         rule = "-" * max(map(len, text))
-        return "\n".join([text[0], rule, *text[1:], *(f"failed: {error}" for error in self.errors())])
+        return "\n".join([text[0], rule, *text[1:], *self.foot(), *(f"failed: {error}" for error in self.errors())])
 
     def write(self, directory: Path) -> None:
         """compare.json, compare.csv, compare.md"""
