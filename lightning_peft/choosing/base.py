@@ -19,7 +19,7 @@ from lightning_peft.core.method import REGISTRY, Method, NothingToTrainError
 from lightning_peft.core.quant import QuantisationError
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.sites import TargetError
-from lightning_peft.methods.selective import ENTRY, SelectiveTuning
+from lightning_peft.methods.selective import SelectiveTuning
 from lightning_peft.planning.planner import counts, title
 from lightning_peft.planning.precision import QUANTISED, arithmetic
 from lightning_peft.planning.shadow import hollow
@@ -77,8 +77,9 @@ def chosen_later(method: Method, model: nn.Module) -> int:
     if not isinstance(method, SelectiveTuning):
         return 0
     chooser = method.chooser(model)
-    now = (*chooser.entries.parameters(), *chooser.entries.buffers())
-    return ENTRY * chooser.choice.count - sum(t.nbytes for t in now)
+    entries = chooser.entries
+    entry = entries.v.element_size() + entries.index.element_size()
+    return entry * chooser.choice.count - sum(t.nbytes for t in (*entries.parameters(), *entries.buffers()))
 
 
 def known(asked: Sequence[str]) -> tuple[str, ...]:
