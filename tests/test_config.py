@@ -1,6 +1,7 @@
 """conf/: generated from the registry, found wherever the package is installed, refused when it makes no sense."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -274,3 +275,32 @@ def test_the_wheel_ships_conf(tmp_path):
         text=True,
     )
     assert done.stdout.split() == [str(tmp_path / "site" / "lightning_peft" / "conf"), "8"]
+
+
+COMPOSITIONS = (Path(__file__).parents[1] / "docs" / "compositions.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("line", re.findall("^lightning-peft (?:train|plan|compare) (.*)$", COMPOSITIONS, re.MULTILINE))
+def test_the_commands_of_the_page_on_compositions(line):
+    words = [word for word in shlex.split(line) if word not in ("--multirun", "--row")]
+    rows = [word.split(" ") for word in words if " peft" in word] or [[w for w in words if not w.startswith("seeds=")]]
+    for row in rows:
+        for point in launch.points(named(row)):
+            composed(*point)
+
+
+def test_the_file_of_the_page_on_compositions(tmp_path):
+    [text] = re.findall("```yaml\n(.*?)```", COMPOSITIONS, re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "both.yaml").write_text(text.partition("\n")[2])
+    config = composed("experiment=both", directory=tmp_path)
+    assert (config.peft.dora.layers, config.peft.bitfit.heads, config.rates.bitfit) == ("first:3", None, 0.005)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+def test_the_program_of_the_page_on_compositions(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall("```python\n(.*?)```", COMPOSITIONS, re.DOTALL)
+    exec(compile(code, "compositions.md", "exec"), {"__name__": "page"})
+    assert {path.parent.name for path in tmp_path.rglob("adapter.json")} == {"dora", "bitfit"}
