@@ -74,3 +74,15 @@ def clean_logging() -> Iterator[None]:
             root.removeHandler(handler)
             handler.close()
         root.handlers, root.level = handlers, level
+
+
+@contextlib.contextmanager
+def only_warnings() -> Iterator[None]:
+    """Of this package, for the time of many runs whose lines nobody would read."""
+    logger = logging.getLogger("lightning_peft")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 from lightning_peft.checks import ConfigError
 from lightning_peft.comparing.comparison import compare
 from lightning_peft.launch import own_directory
+from lightning_peft.logs import only_warnings
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +34,11 @@ def run(given: argparse.Namespace) -> None:
         else:
             words.append(word)
     check_seed(words)
-    logging.getLogger("lightning_peft").setLevel(logging.WARNING)
     directory = own_directory(given.config_dir or given.config_path)
-    found = compare(
-        words, rows=given.row, seeds=seeds, directory=home, configs=directory, name=given.config_name, say=say
-    )
+    with only_warnings():
+        found = compare(
+            words, rows=given.row, seeds=seeds, directory=home, configs=directory, name=given.config_name, say=say
+        )
     print(json_text(found) if given.json else found)
     if not any(row.of("value") for row in found.rows):
         raise ConfigError("Every run failed; their tracebacks are in error.txt of each run directory.")
