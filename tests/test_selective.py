@@ -750,6 +750,16 @@ def test_moments_in_codes_begin_anew_with_another_choice() -> None:
     assert not entries.v[new].any()  # no momentum that others left
 
 
+def test_lbfgs_begins_anew_with_the_second_phase(tmp_path: Path) -> None:
+    class Curved(boring.Boring):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=1e-3, max_iter=2)
+
+    method, module = LTSFT(budget=0.02, priming=4.0), Curved()
+    boring.trainer(tmp_path, [method]).fit(module, boring.data(), boring.data(6, shuffle=False))
+    check_masked(module, method)
+
+
 def test_a_share_of_a_run_without_an_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LifeCycleError, match="without an end"):
         fit(tmp_path, LTSFT(), max_epochs=-1)

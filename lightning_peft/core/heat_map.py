@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 
 Table = tuple[list[str], list[str], dict[tuple[str, str], float]]  # rows, columns, (row, column) -> value
 CELL, LETTER = 36, 6.4  # px: of a cell, of a letter at size 11
@@ -22,6 +23,16 @@ def table(items: Iterable[tuple[str, str, float, int]]) -> Table:
         totals[row, column] = before[0] + total, before[1] + count
     rows, columns = list(dict.fromkeys(r for r, _ in totals)), list(dict.fromkeys(c for _, c in totals))
     return rows, columns, {key: total / max(count, 1) for key, (total, count) in totals.items()}
+
+
+def write(directory: Path, label: str, score: str, scores: Table, chosen: Table) -> str:
+    """Both as tables, and together as a picture, which is what it returns."""
+    picture = svg(scores, f"{label}: {score}", chosen)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / f"{label}-scores.svg").write_text(picture)
+    (directory / f"{label}-scores.csv").write_text(csv(scores))
+    (directory / f"{label}-chosen.csv").write_text(csv(chosen))
+    return picture
 
 
 def csv(found: Table) -> str:

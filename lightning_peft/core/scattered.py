@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -299,8 +299,11 @@ def rechosen(entries: Entries, index: Tensor, optimizers: Iterable[Any] = ()) ->
     entries.v.grad = grad
 
 
-def forget(parameters: Iterable[Tensor], optimizers: Iterable[Any]) -> None:
-    """The optimizers begin anew with these."""
-    for parameter in parameters:
-        for optimizer in optimizers:
+def forget(parameters: Collection[Tensor], optimizers: Iterable[Any]) -> None:
+    """The optimizers begin anew with these; LBFGS, which knows all of its parameters as one vector, as a whole."""
+    for optimizer in optimizers:
+        for parameter in parameters:
             optimizer.state.pop(parameter, None)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.state.clear()
+            optimizer._numel_cache = None

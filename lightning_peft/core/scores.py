@@ -16,13 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_peft.core.architectures import is_conv1d
 from lightning_peft.core.calibration import CalibrationError, Run, distributed
+from lightning_peft.core.candidates import Candidate
 from lightning_peft.core.gradients import examples, expected, gradients, my_share, squared, summed, untouched
 from lightning_peft.core.init import Draw
-from lightning_peft.core.projection import base_weight
-from lightning_peft.core.quantised import is_quantised
-from lightning_peft.core.scattered import Entries, Scattered, rechosen, scattered
+from lightning_peft.core.scattered import Entries, Scattered, rechosen
 
 log = logging.getLogger("lightning_peft")
 Scores = list[Tensor]
@@ -30,93 +28,6 @@ Over = Literal["weights", "rows", "tensors", "blocks"]
 Within = Literal["model", "block", "tensor"]
 TINY = 1e-8  # beside a tensor of zeros
 FROM_DATA = ("gradient", "sensitivity", "movement", "relative", "fisher")
-
-
-@dataclass(eq=False)
-class Candidate:
-    """A tensor of which entries may be chosen, by the adapter that moves it and its name there."""
-
-    adapter: Scattered
-    attribute: str
-    name: str  # of the module
-    block: str
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.adapter.shapes[self.attribute]
-
-    @property
-    def codes(self) -> bool:
-        """Whether it is the weight of a quantised module, of which there is no parameter."""
-        return self.attribute == "weight" and is_quantised(self.adapter.place)
-
-    @property
-    def turned(self) -> bool:
-        """Outputs are its columns, as in a Conv1D and in a transposed convolution."""
-        place = self.adapter.place
-        return self.attribute == "weight" and (is_conv1d(place) or isinstance(place, nn.modules.conv._ConvTransposeNd))
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        owner, leaf = self.adapter.owner(self.attribute)
-        return getattr(owner, leaf)
-
-    @property
-    def device(self) -> torch.device:
-        return next(p.device for p in self.adapter.place.parameters())
-
-    @property
-    def chosen(self) -> int:
-        """How many of its entries train."""
-        found = self.adapter.of(self.attribute)
-        return 0 if found is None else len(found[1])
-
-    def value(self) -> Tensor:
-        """theta as it is now, flat, fp32."""
-        if self.codes:
-            weight = base_weight(self.adapter.place)
-            theta = (weight.T if self.turned else weight).float()
-        else:
-            theta = self.parameter.detach().float()
-        found = self.adapter.of(self.attribute) if self.adapter.entries.settled else None
-        return self.take(theta if found is None else scattered(theta, found[0], found[1].detach()))
-
-    @property
-    def number(self) -> int:
-        return self.adapter.names[self.attribute]
-
-    @property
-    def size(self) -> int:
-        """How many entries may be chosen."""
-        rooms = self.adapter.entries.rooms
-        return rooms[self.number + 1] - rooms[self.number]
-
-    def take(self, values: Tensor) -> Tensor:
-        """Of as many values as the tensor has, those of entries that may be chosen, flat."""
-        places, values = self.adapter.entries.places(self.number), values.reshape(-1)
-        return values if places is None else values[places.to(values.device)]
-
-    @property
-    def groups(self) -> int:
-        """Of a transposed convolution: parts of the inputs, each with outputs of its own."""
-        return getattr(self.adapter.place, "groups", 1) if self.turned else 1
-
-    @property
-    def rows(self) -> int:
-        """How many outputs (tokens, features of a norm) there are."""
-        return self.shape[1 if self.turned else 0] * self.groups if len(self.shape) else 1
-
-    def row_of(self) -> Tensor:
-        """(size,) -> the output of each entry"""
-        index = torch.arange(self.rows)
-        if self.turned:
-            index = index.view(self.groups, -1).repeat_interleave(self.shape[0] // self.groups, 0).flatten()
-        return self.take(index.repeat_interleave(max(self.shape.numel() // max(len(index), 1), 1)))
-
-    @property
-    def outputs(self) -> tuple[str, str, int]:
-        """The same for tensors whose rows make the same outputs: a weight and its bias."""
-        return self.name, self.attribute.replace("weight", "").replace("bias", ""), self.rows
 
 
 # ------------------------------------------------------------------ scores

@@ -5,7 +5,6 @@ Scaling Down to Scale Up, 2023 (section on selective methods). https://arxiv.org
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -24,12 +23,12 @@ from lightning_peft.core import heat_map, state
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.budget import in_steps
 from lightning_peft.core.calibration import Run, call, plain_run
+from lightning_peft.core.candidates import candidates, placed
 from lightning_peft.core.fields import FieldError, not_negative, positive
-from lightning_peft.core.method import DTYPES, Scope, head_modules, owns, rows_of
-from lightning_peft.core.moved import own_parameters, whole_modules
+from lightning_peft.core.method import DTYPES, Scope, head_modules
 from lightning_peft.core.restart import optimizers_of
 from lightning_peft.core.scattered import Entries, Scattered, Slice, forget, place_dtype
-from lightning_peft.core.scores import FROM_DATA, Candidate, Choice, Chooser, Over, Scores, Within, watch
+from lightning_peft.core.scores import FROM_DATA, Choice, Chooser, Over, Scores, Within, watch
 from lightning_peft.core.sites import Site, Sites, TargetError
 from lightning_peft.extra_loss import PLACE
 from lightning_peft.methods.calibrated import quiet, step_of, training_batches
@@ -101,10 +100,7 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
     # -------------------------------------------------------------- what may train
     def adapters(self, sites: Sites) -> Iterator[tuple[Site, Adapter]]:
         heads = head_modules(sites.model, self)
-        slices: dict[int, Slice] = {}
-        left_out = {id(module) for module in self.left_out(sites.model)}
-        found = [*whole_modules(sites, heads), *sliced_modules(sites, slices)]
-        chosen = list(without_ties(sites.model, [pair for pair in found if id(pair[0].module) not in left_out]))
+        chosen, slices = candidates(sites, heads, self.left_out(sites.model))
         tensors = {id(p): p for _, named in chosen for p in named.values() if p.is_floating_point()}
         if not tensors:
             raise TargetError(
@@ -122,7 +118,7 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         entries.dense = kind == "change"
         threshold = self.threshold if self.select == "threshold" else None
         chooser = Chooser(entries, kind, Choice(count, self.over, self.within, threshold, self.mean), self.seed)
-        yield from placed(self, chosen, tensors, entries, chooser)
+        yield from placed(self.scatter, chosen, tensors, entries, chooser)
 
     def left_out(self, model: nn.Module) -> Iterable[nn.Module]:
         """Modules that are no candidates, by what they are and not by their name."""
@@ -265,11 +261,7 @@ class SelectiveTuning(PEFT, name="selective", family="selective", paper="2303.15
         sums = [float(s.double().sum()) for s in scores]
         table = heat_map.table((block, name, one, c.size) for (block, name, c), one in zip(named, sums, strict=True))
         chosen = heat_map.table((block, name, c.chosen, c.size) for block, name, c in named)
-        directory.mkdir(parents=True, exist_ok=True)
-        picture = heat_map.svg(table, f"{self.name_on_model}: {self.score}", chosen)
-        (directory / f"{self.name_on_model}-scores.svg").write_text(picture)
-        (directory / f"{self.name_on_model}-scores.csv").write_text(heat_map.csv(table))
-        (directory / f"{self.name_on_model}-chosen.csv").write_text(heat_map.csv(chosen))
+        picture = heat_map.write(directory, self.name_on_model, str(self.score), table, chosen)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 import wandb
@@ -315,68 +307,3 @@ def end_of(name: str, priming: float, trainer: pl.Trainer) -> int:
     if end > steps:
         log.warning("%s: the run ends after %d steps, and nothing is chosen: everything trains", name, steps)
     return end
-
-
-def without_ties(
-    model: nn.Module, chosen: list[tuple[Site, dict[str, nn.Parameter]]]
-) -> Iterator[tuple[Site, dict[str, nn.Parameter]]]:
-    """Without tensors that a module which is not chosen holds, too: it would go on with the base's."""
-    inside = {id(m) for site, _ in chosen for m in state.base_modules(site.module) if leaf_of(site.module, m)}
-    others = [p for m in state.base_modules(model) if id(m) not in inside for p in m._parameters.values()]
-    held = {id(p) for p in others}
-    for site, named in chosen:
-        if own := {name: p for name, p in named.items() if id(p) not in held}:
-            yield site, own
-
-
-def sliced_modules(sites: Sites, slices: dict[int, Slice]) -> Iterator[tuple[Site, dict[str, nn.Parameter]]]:
-    """Each packed projection of which a part is chosen, once, and no whole; notes the parts by the tensors' ids."""
-    whole = {id(site.module) for site in sites if site.part is None and site.columns is None}
-    packed: dict[int, list[Site]] = {}
-    for site in sites:
-        if id(site.module) not in whole:
-            packed.setdefault(id(site.module), []).append(site)
-    for members in packed.values():
-        module, named = members[0].module, dict[str, nn.Parameter]()
-        for name, p in own_parameters(module).items():
-            path, _, leaf = name.rpartition(".")
-            masks = [rows_of(site, p) for site in members if owns(site, module.get_submodule(path), leaf)]
-            if masks:
-                named[name] = p
-                mask = torch.stack([m if isinstance(m, Tensor) else torch.ones(p.shape).bool() for m in masks]).any(0)
-                if not mask.all():
-                    slices[id(p)] = Slice.of(mask)
-        yield dataclasses.replace(members[0], columns=None, part=None, role=None), named
-
-
-def leaf_of(module: nn.Module, other: nn.Module) -> bool:
-    """Whether an adapter at `module` moves the parameters of `other`."""
-    return other is module or isinstance(module, nn.MultiheadAttention)
-
-
-def placed(
-    method: SelectiveTuning,
-    chosen: list[tuple[Site, dict[str, nn.Parameter]]],
-    tensors: dict[int, nn.Parameter],
-    entries: Entries,
-    chooser: Chooser,
-) -> Iterator[tuple[Site, Adapter]]:
-    """An adapter for each module, all with the same entries; a tied tensor is a candidate once."""
-    numbers, seen = {key: number for number, key in enumerate(tensors)}, set[int]()
-    found = []
-    for site, named in chosen:
-        own = {name: p for name, p in named.items() if id(p) in numbers}
-        if not own:
-            continue
-        names = {name: numbers[id(p)] for name, p in own.items()}
-        adapter = method.scatter(entries, names, {name: p.shape for name, p in own.items()})
-        adapter.chooser = chooser
-        adapter.mirrors = all(id(p) in seen for p in own.values())
-        for name, p in own.items():
-            if id(p) not in seen:
-                seen.add(id(p))
-                chooser.candidates.append(Candidate(adapter, name, site.name, site.block))
-        found.append((site, adapter))
-    chooser.last = found[-1][1]
-    found[0][1].first = True
-    yield from found
