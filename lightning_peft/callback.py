@@ -120,7 +120,7 @@ class PEFT(Method, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(pl_module):
             self._resume.on_train_start(trainer)
-        if begins_untold(trainer) and not processed(trainer):
+        if begins_untold(trainer) and not processed(trainer) and not trainer.fit_loop.done:
             self.begin_epoch(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

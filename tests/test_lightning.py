@@ -30,6 +30,7 @@ from lightning_peft import (
     NF4Precision,
     PEFTSingleDeviceStrategy,
     PrefixTuning,
+    SelectiveTuning,
     Surgical,
     TopLayers,
     load_adapter,
@@ -513,6 +514,15 @@ def test_a_frozen_teacher_is_left_alone(tmp_path: Path) -> None:
 def test_what_has_no_parameters_is_not_called_frozen() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False))
     assert [site.name for site in outside_frozen_networks(net, sites(net, "*"))] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("method", [SelectiveTuning(heads=None), LoRA(targets="*.dense,classifier", heads=None)])
+def test_an_encoder_that_was_frozen_below_a_head_is_no_teacher(method: PEFT) -> None:
+    net = zoo.build("bert")
+    net.get_submodule("bert").requires_grad_(False)
+    method.apply(net)
+    placements = state.get_applied(net, method.name_on_model).placements
+    assert {x.site.partition(".")[0] for x in placements} == {"bert", "classifier"}
 
 
 def test_a_frozen_teacher_keeps_what_selective_methods_train_elsewhere() -> None:

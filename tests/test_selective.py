@@ -612,6 +612,13 @@ def test_resumed_in_each_phase_to_the_bit(name: str, tmp_path: Path) -> None:
         assert resumed.losses[-1] == through.losses[-1]
 
 
+def test_nothing_is_chosen_anew_for_an_epoch_that_does_not_come(tmp_path: Path) -> None:
+    through = fit(tmp_path / "a", METHODS["every epoch"](), max_epochs=1)
+    resumed = fit(tmp_path / "b", METHODS["every epoch"](), tmp_path / "a" / "step=8.ckpt", max_epochs=1)
+    one, two = state.saved(through), state.saved(resumed)
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
 def test_rates_are_taken_after_a_resume_from_the_end_of_an_epoch(tmp_path: Path) -> None:
     through = fit(tmp_path / "a", Surgical(rate="rgn"), max_steps=10)
     resumed = fit(tmp_path / "b", Surgical(rate="rgn"), tmp_path / "a" / "step=8.ckpt", max_steps=10)

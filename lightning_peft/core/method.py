@@ -309,14 +309,17 @@ def _plan(part: Method, model: nn.Module) -> Iterator[tuple[Site, Adapter]]:
 def outside_frozen_networks(model: nn.Module, found: Iterable[Site]) -> list[Site]:
     """Leave out a network that was frozen as a whole (a teacher) where there are sites in one that was not.
 
-    What has no parameters (an activation, a metric) cannot be frozen.
+    What has no parameters (an activation, a metric) cannot be frozen, and a head that trains is no other network.
     """
     found = list(found)
     before = state.trainable_before(model)
     networks = {site.name.partition(".")[0] for site in found}
     held = {name: [id(p) for p in model.get_submodule(name).parameters()] for name in networks}
     frozen = {name for name, own in held.items() if own and before.isdisjoint(own)}
-    if not frozen or all(name in frozen for name, own in held.items() if own):
+    if not frozen:
+        return found
+    heads = {id(p) for site in roles(model).get("head", []) for p in site.module.parameters()}
+    if all(name in frozen for name, own in held.items() if not heads.issuperset(own)):
         return found
     log.info("left out, since they were frozen before: %s", ", ".join(sorted(frozen)))
     return [site for site in found if site.name.partition(".")[0] not in frozen]
