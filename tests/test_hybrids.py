@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from lightning_peft import (
 from lightning_peft.core import state
 from lightning_peft.core.attention import scaled_dot_product
 from lightning_peft.core.fields import FieldError
+from lightning_peft.core.files import AdapterFileError
 from lightning_peft.core.init import Draw
 from lightning_peft.core.sites import TargetError
 from lightning_peft.groups import LoRAPlus, optimizer_of, parameter_groups
@@ -412,3 +414,13 @@ def test_a_run_with_rates_goes_on_in_mid_epoch_to_the_bit(tmp_path: Path) -> Non
     again = state.saved(fit("b", tmp_path / "a" / "step=3.ckpt"))
     assert all(torch.equal(again[name], tensor) for name, tensor in state.saved(through).items())
     assert torch.equal(through.net.classifier.weight, boring.Boring().net.classifier.weight)
+
+
+def test_a_file_of_one_layer_does_not_load_at_another(tmp_path: Path) -> None:
+    net, deeper = zoo.build("bert"), zoo.build("bert")
+    LoRA(targets="q", layers="last:1", heads=None).apply(net)
+    save_adapter(net, tmp_path / "last")
+    layers: Any = deeper.get_submodule("bert.encoder.layer")
+    layers.append(copy.deepcopy(layers[-1]))
+    with pytest.raises(AdapterFileError, match="does not fit"):
+        load_adapter(deeper, tmp_path / "last", check_base=False)

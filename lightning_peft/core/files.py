@@ -329,10 +329,16 @@ def destinations(model: nn.Module, applied: Applied, tensors: dict[str, Tensor])
 
 
 def aligned(tensors: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
-    """The file's keys as this model spells them: the same, or with one prefix less, one more, or one for another."""
+    """The file's keys as this model spells them: the same, or with one prefix less, one more, or one for another.
+
+    A layer is not put in the place of one of another number.
+    """
     if wanted <= set(tensors):
         return tensors
     for less, more in itertools.product(*(prefixes([name_in(key) for key in keys]) for keys in (tensors, wanted))):
+        numbers = {tuple(part for part in prefix.split(".") if part.isdigit()) for prefix in (less, more)}
+        if len(numbers - {()}) > 1:
+            continue
         moved = {with_name(key, add_prefix(more, drop_prefix(less, name_in(key)))): t for key, t in tensors.items()}
         if wanted <= set(moved) and len(moved) == len(tensors):
             return moved
