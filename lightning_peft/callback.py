@@ -125,7 +125,7 @@ class PEFT(Method, Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._leads(pl_module):
-            self._resume.on_train_epoch_start()
+            self._resume.on_train_epoch_start(trainer)
         self.begin_epoch(trainer, pl_module)
 
     def begin_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -80,6 +80,7 @@ class ExactResume:
         self.epoch_start: dict[str, Any] | None = None
         self.loaded: dict[str, Any] | None = None
         self.fresh_iterator = False
+        self.over: tuple[dict[str, Any] | None, int] | None = None
         self.trainer: pl.Trainer | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +130,7 @@ class ExactResume:
         done = processed(trainer)
         if begins_untold(trainer):
             self.fresh_iterator = False
+            self.over = None if done else (self._mine(trainer, "now"), ready(trainer))
         if self.loaded is None or not done:
             self.loaded = None
             return
@@ -143,7 +145,11 @@ class ExactResume:
             self.go_back(state)
         self.loaded = None
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer) -> None:
+        """After an epoch that was over when it was saved: Lightning made an iterator for it, and now makes another."""
+        (now, count), self.over = self.over or (None, 0), None
+        if now is not None and ready(trainer) == count:
+            self.go_back(now)
         if not self.fresh_iterator:
             self.epoch_start = self.here()
         self.fresh_iterator = False
@@ -160,6 +166,11 @@ def loader_generators(trainer: pl.Trainer | None) -> list[torch.Generator]:
             if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
                 found.setdefault(id(generator), generator)
     return list(found.values())
+
+
+def ready(trainer: pl.Trainer) -> int:
+    """Batches that were begun so far, of all epochs."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 def processed(trainer: pl.Trainer) -> int:

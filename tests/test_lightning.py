@@ -670,3 +670,21 @@ def test_files_of_a_compiled_network_fit_the_plain_one(tmp_path: Path) -> None:
     module = Compiled()
     LoRA(rank=2).apply(module)
     load_adapter(boring.Boring(), save_adapter(module, tmp_path / "a"))
+
+
+class AfterValidation(pl.Callback):
+    """Saves as ModelCheckpoint does that follows a metric of validation."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / f"{trainer.current_epoch}.ckpt")
+
+
+def test_resumed_from_the_validation_after_an_epoch_to_the_bit(tmp_path: Path) -> None:
+    ends = []
+    for ckpt in (None, tmp_path / "0.ckpt"):
+        torch.manual_seed(3 if ckpt is None else 4)
+        module = boring.Boring()
+        fit(tmp_path, module, LoRA(rank=2), *([AfterValidation()] if ckpt is None else []), ckpt=ckpt, max_epochs=2)
+        ends.append(boring.tensors(module))
+    assert boring.largest_difference(*ends) == 0
