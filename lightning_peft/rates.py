@@ -16,7 +16,7 @@ from numbers import Real
 from typing import TypeVar
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_peft.core import state
 from lightning_peft.groups import Groups, MakeOptimizer, optimizer_of
@@ -49,6 +49,10 @@ def with_rates(optimizer: Given, module: nn.Module, rates: Mapping[str, float]) 
         for rate, params in split.items():
             lr = group["lr"] if rate is None else rate * (group["lr"] / own if own else 1.0)
             groups.append({**group, "params": params, "lr": lr})
+    if isinstance(optimizer, LBFGS) and len(groups) > 1:
+        raise ValueError(
+            f"rates={dict(rates)}: LBFGS has one rate for all. Leave rates out, or take another optimizer."
+        )
     optimizer.param_groups[:] = groups
     return optimizer
 

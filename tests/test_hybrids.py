@@ -391,6 +391,8 @@ def test_rates_that_nothing_or_two_methods_have() -> None:
         with_rates(optimizer, net, {"lora": 0.1})
     with pytest.raises(ValueError, match="bitfit and ln_tuning train a parameter together"):
         with_rates(optimizer, net, {"bitfit": 0.1, "ln_tuning": 0.2})
+    with pytest.raises(ValueError, match="LBFGS has one rate"):
+        with_rates(torch.optim.LBFGS([p for p in net.parameters() if p.requires_grad]), net, {"bitfit": 0.1})
     with pytest.raises(ValueError, match="bitfit=-1 is no learning rate"):
         Rates(torch.optim.SGD, {"bitfit": -1})
     assert {group["lr"] for group in with_rates(optimizer, net, {"bitfit": 0.1}).param_groups} == {0.1, 0.5}
