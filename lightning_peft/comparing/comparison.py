@@ -5,7 +5,7 @@
 
 Each run is a run directory of `train`. A run that fails is an entry with its error. There is no search: what is
 compared is what was asked for. Into a directory of a comparison before, runs that are there already are not run again:
-so one that was interrupted goes on, and one can get more rows or seeds.
+so one that was interrupted goes on, and one can get more seeds, or rows behind the others, which keep their names.
 """
 
 from __future__ import annotations
