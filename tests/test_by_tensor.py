@@ -33,7 +33,7 @@ from lightning_peft.core import state
 from lightning_peft.core.calibration import CalibrationError
 from lightning_peft.core.fields import FieldError
 from lightning_peft.core.sites import TargetError
-from lightning_peft.methods.surgical import rgn, snr
+from lightning_peft.methods.surgical import Norms, Signal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -197,13 +197,29 @@ def test_the_shift_says_which_block(model: str, fields: dict[str, Any], blocks: 
 def test_relative_gradient_norms_and_signal_to_noise() -> None:
     weights = [torch.tensor([3.0, 4.0]), torch.zeros(2), torch.tensor([1.0, 0.0])]
     grads = [torch.tensor([[0.0, 1.0], [0.0, 3.0]]), torch.ones(2, 2), torch.tensor([[0.6, 0.8], [0.6, 0.8]])]
-    assert rgn(weights, grads) == pytest.approx([0.4, 1.0, 1.0])  # 2 / 5 and 1; a tensor of zeros learns at lr
-    assert rgn(weights[1:2], grads[1:2]) == [1.0]
+
+    def found(seen: Norms | Signal, each: list[torch.Tensor]) -> list[float]:
+        for batch in zip(*each, strict=True):
+            seen.add(batch)
+        return seen.rates()
+
+    assert found(Norms(weights), grads) == pytest.approx([0.4, 1.0, 1.0])  # 2 / 5 and 1; a tensor of zeros learns at lr
+    assert found(Norms(weights[1:2]), grads[1:2]) == [1.0]
     ratios = [(2**2 / (2 + 1e-8) + 0) / 2, 1 / 1e-8, (0.36 + 0.64) / 2 / 1e-8]
-    assert snr(grads, 0.95) == [float(r / max(ratios) >= 0.95) for r in ratios] == [0.0, 1.0, 0.0]
-    assert snr(grads, 0.4) == [0.0, 1.0, 1.0]
+    assert found(Signal(weights, 0.95), grads) == [float(r / max(ratios) >= 0.95) for r in ratios] == [0.0, 1.0, 0.0]
+    assert found(Signal(weights, 0.4), grads) == [0.0, 1.0, 1.0]
     with pytest.raises(FieldError, match="2 batches at least"):
         Surgical(rate="snr", batches=1)
+
+
+def test_signal_over_batches_as_they_come_is_that_of_all_at_once() -> None:
+    each = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0)) + 0.3
+    seen = Signal([each[0]], 0.95)
+    for g in each:
+        seen.add([g])
+    ratio = (each.double().mean(0) ** 2 / (each.double().var(0) + 1e-8)).mean()
+    assert seen.ratio(seen.means[0], seen.squares[0], 5) == pytest.approx(float(ratio), rel=1e-5)
+    assert Surgical(rate="rgn").rates([], []) == []  # batch norms alone
 
 
 @pytest.mark.parametrize("rate", ["rgn", "snr"])

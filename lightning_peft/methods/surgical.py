@@ -113,24 +113,27 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
 
     def rates(self, parameters: Sequence[nn.Parameter], losses: Iterable[Tensor]) -> list[float]:
         """A factor for each tensor, from the gradients of each loss; neither values nor .grad change."""
-        seen = []
+        if not parameters:
+            return []
+        seen = Norms(parameters) if self.rate == "rgn" else Signal(parameters, self.threshold)
+        finite = True
         for loss in losses:
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-            seen.append([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
-        bad = [] if seen and all(g.isfinite().all() for grads in seen for g in grads) else ["gradient"]
-        if on_any_rank(bad):
+            seen.add([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)])
+            finite = finite and all(bool(g.isfinite().all()) for g in grads if g is not None)
+        if on_any_rank([] if finite and seen.count else ["gradient"]):
             raise CalibrationError(
-                f"Surgical(rate={self.rate!r}): {len(seen)} batches gave no loss, or infinite gradients. Give batches "
+                f"Surgical(rate={self.rate!r}): {seen.count} batches gave no loss, or infinite gradients. Give batches "
                 "whose training_step returns a finite loss."
             )
-        each = [torch.stack(grads) for grads in zip(*seen, strict=True)]
-        return rgn(parameters, each) if self.rate == "rgn" else snr(each, self.threshold)
+        return seen.rates()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         rates = vars(self).get("_rates", {})
         slow = {n: p for n, p in self.own(pl_module).items() if rates.get(n, 1.0) != 1.0} if rates else {}
-        vars(self)["_before"] = [(p, p.detach().clone(), rates[n]) for n, p in slow.items()]
+        if "_before" not in vars(self):  # an optimizer may take several steps of a batch
+            vars(self)["_before"] = [(p, p.detach().clone(), rates[n]) for n, p in slow.items()]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -146,31 +149,56 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
         vars(self).update(_rates=state_dict.get("rates", {}), _rated=state_dict.get("rated"))
 
 
-def rgn(parameters: Sequence[Tensor], each: Sequence[Tensor]) -> list[float]:
-    """Mean over batches of ||g|| / ||w||, by the largest; each: (batches, *shape) of every tensor."""
-    norms = [float(p.detach().double().norm()) for p in parameters]
-    totals = summed(torch.stack([g.double().flatten(1).norm(dim=1).sum() for g in each]))
-    means = (totals / summed(torch.tensor(float(len(each[0])), device=totals.device))).tolist()
-    found = [mean / norm if norm else None for mean, norm in zip(means, norms, strict=True)]
-    largest = max((r for r in found if r is not None), default=0.0) or 1.0
-    return [1.0 if r is None else r / largest for r in found]
+class Norms:
+    """Auto-RGN: mean over batches of ||g|| / ||w|| of each tensor, by the largest."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters, self.count = parameters, 0
+        self.totals = torch.zeros(len(parameters), dtype=torch.float64, device=parameters[0].device)
+
+    def add(self, grads: Sequence[Tensor]) -> None:
+        self.count += 1
+        self.totals += self.totals.new_tensor([float(g.double().norm()) for g in grads])
+
+    def rates(self) -> list[float]:
+        means = (summed(self.totals) / summed(self.totals.new_tensor(self.count))).tolist()
+        norms = [float(p.detach().double().norm()) for p in self.parameters]
+        found = [mean / norm if norm else None for mean, norm in zip(means, norms, strict=True)]
+        largest = max((r for r in found if r is not None), default=0.0) or 1.0
+        return [1.0 if r is None else r / largest for r in found]
 
 
-def snr(each: Sequence[Tensor], threshold: float) -> list[float]:
-    """1 where the signal to noise, by the largest, reaches the threshold, else 0."""
-    count = float(summed(torch.tensor(float(len(each[0])), device=each[0].device)))
-    if count < 2:
-        raise CalibrationError("Surgical(rate='snr'): a variance needs 2 batches at least, and the data have one.")
-    found = [float(ratio(g.double(), count).mean()) for g in each]
-    largest = max(found, default=0.0) or 1.0
-    return [float(r / largest >= threshold) for r in found]
+class Signal:
+    """Auto-SNR: 1 where the mean over entries of mean(g)^2 / Var(g), by the largest, reaches the threshold, else 0.
 
+    Means and sums of squared deviations over batches as they come (Welford), two numbers an entry.
+    """
 
-def ratio(g: Tensor, count: float) -> Tensor:
-    """mean(g)^2 / Var(g) of each entry, over `count` batches of all processes; g: (batches, *shape)"""
-    mean = summed(g.sum(0)) / count
-    variance = summed((g - mean).square().sum(0)) / (count - 1)
-    return mean.square() / (variance + EPS)
+    def __init__(self, parameters: Sequence[Tensor], threshold: float) -> None:
+        self.threshold, self.count = threshold, 0
+        self.means = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        self.squares = [torch.zeros_like(mean) for mean in self.means]
+
+    def add(self, grads: Sequence[Tensor]) -> None:
+        self.count += 1
+        for mean, square, g in zip(self.means, self.squares, grads, strict=True):
+            away = g.float() - mean
+            mean += away / self.count
+            square += away * (g.float() - mean)
+
+    def rates(self) -> list[float]:
+        count = int(summed(torch.tensor(self.count, device=self.means[0].device)))
+        if count < 2:
+            raise CalibrationError("Surgical(rate='snr'): a variance needs 2 batches at least, and the data have one.")
+        found = [self.ratio(mean, square, count) for mean, square in zip(self.means, self.squares, strict=True)]
+        largest = max(found, default=0.0) or 1.0
+        return [float(r / largest >= self.threshold) for r in found]
+
+    def ratio(self, mean: Tensor, square: Tensor, count: int) -> float:
+        """Over `count` batches of all processes."""
+        whole = summed(mean * self.count) / count
+        variance = summed(square + self.count * (mean - whole).square()) / (count - 1)
+        return float((whole.square() / (variance + EPS)).double().mean())
 
 
 def summed(value: Tensor) -> Tensor:
