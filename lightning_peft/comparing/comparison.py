@@ -77,9 +77,10 @@ def fill(found: Comparison, home: Path, configs: str | Path | None, name: str, s
             for number, row in enumerate(found.rows):
                 where = home / f"{number}-{slug(row.name)}" / f"seed-{seed}"
                 own = [*row.words, f"seed={seed}", f"run_dir={word(where)}", "trainer.devices=1"]
-                kept = earlier(compose(own, configs, name), where)
+                config = compose(own, configs, name)
+                kept = earlier(config, where)
                 say(f"{row.name}, seed {seed}{', from before' if kept is not None else ''}")
-                row.runs.append(kept or one(own, seed, where, found.metric, configs, name))
+                row.runs.append(kept or one(config, seed, where, found.metric))
                 found.write(home)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         say(f"interrupted; the same words with run_dir={home} go on from here")

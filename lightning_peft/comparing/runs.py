@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -17,7 +16,7 @@ from yaml import YAMLError
 from lightning_peft.checks import ConfigError
 from lightning_peft.comparing.meter import Meter
 from lightning_peft.comparing.table import Run
-from lightning_peft.config import compose, plain
+from lightning_peft.config import plain
 from lightning_peft.train import run as train
 
 log = logging.getLogger("lightning_peft")
@@ -35,13 +34,13 @@ def earlier(config: DictConfig, where: Path) -> Run | None:
         return None
 
 
-def one(words: list[str], seed: int, where: Path, metric: str, configs: Any, name: str) -> Run:
+def one(config: DictConfig, seed: int, where: Path, metric: str) -> Run:
     """A run of `train`, or the error that ended it; its traceback goes to error.txt."""
     meter, notes = Meter(), {name: where / name for name in (NAME, "error.txt")}
     for note in notes.values():
         note.unlink(missing_ok=True)
     try:
-        found = train(compose(words, configs, name), [meter])
+        found = train(config, [meter])
         value = measured(found["test"], metric)
     except Exception as error:
         where.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,7 @@ class Covariance(Watch):
     def reduce(self) -> None:
         if distributed():
             count = torch.tensor(float(self.count), device=self.total.device)
-            dist.all_reduce(self.total)
-            dist.all_reduce(count)
+            reduced((self.total, count))
             self.count = int(count)
 
     def result(self) -> Tensor:
@@ -256,3 +255,11 @@ def on_any_rank(names: list[str]) -> list[str]:
 def distributed() -> bool:
     """Whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def reduced(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sum over ranks, in place."""
+    if distributed():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+    return tensors

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_peft.core.calibration import CalibrationError, Run, distributed
+from lightning_peft.core.calibration import CalibrationError, Run, distributed, reduced
 
 Gradients = Iterator[list["Tensor | None"]]
 Look = Callable[[Run, Any, int, "list[Tensor]"], Gradients]
@@ -47,23 +47,24 @@ def summed(run: Run, parts: Iterable[Any], sources: list[Tensor], look: Look) ->
             for total, g in zip(totals, found, strict=True):
                 if g is not None:
                     total.add_(g)
-    if distributed():
-        whole = torch.tensor(float(count), device=totals[0].device)
-        dist.all_reduce(whole)
-        count = int(whole)
-        for total in totals:
-            dist.all_reduce(total)
-    return totals, count
+    whole = torch.tensor(float(count), device=totals[0].device)
+    reduced([*totals, whole])
+    return totals, int(whole)
 
 
 # ------------------------------------------------------------------ ways to look at a batch or an example
 def gradients(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:
     """dL/dt"""
+    yield differentiated(loss_of(run, part, index), sources)
+
+
+def loss_of(run: Run, part: Any, index: int) -> Tensor:
+    """A loss that can be differentiated."""
     with torch.enable_grad():
         loss = run(part, index)
     if loss is None or not loss.requires_grad:
         raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
-    yield differentiated(loss, sources)
+    return loss
 
 
 def squared(run: Run, part: Any, index: int, sources: list[Tensor]) -> Gradients:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
+
+from lightning_peft.core.method import common
 
 Table = tuple[list[str], list[str], dict[tuple[str, str], float]]  # rows, columns, (row, column) -> value
 CELL, LETTER = 36, 6.4  # px: of a cell, of a letter at size 11
@@ -50,7 +51,9 @@ def svg(found: Table, title: str, chosen: Table) -> str:
     """
     rows, columns, values = found
     shades = {v: i for i, v in enumerate(sorted(set(values.values())))}
-    shared = len(common([*(r for r in rows if r != OUTSIDE), *(c for r, c in values if r == OUTSIDE)]))
+    full = [*(r for r in rows if r != OUTSIDE), *(c for r, c in values if r == OUTSIDE)]
+    within = common([name.rpartition(".")[0] for name in full])
+    shared = len(within) + bool(within)
     named = {r: r if r == OUTSIDE else r[shared:] for r in rows}
     above = {c: c[shared:] if (OUTSIDE, c) in values else c for c in columns}
     left = 24 + round(LETTER * max(map(len, named.values())))
@@ -96,9 +99,3 @@ def percent(share: float) -> str:
     """In four letters at most: nothing for none."""
     value = 100 * share
     return "" if not value else "<.01" if value < 0.01 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def common(names: list[str]) -> str:
-    """What all dotted names begin with, up to a dot."""
-    start = os.path.commonprefix(names)
-    return start[: start.rfind(".") + 1]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.calibration import CalibrationError, Run, distributed
+from lightning_peft.core.calibration import CalibrationError, Run, reduced
+from lightning_peft.core.gradients import loss_of
 from lightning_peft.core.init import Draw
 
 
@@ -178,7 +178,7 @@ WITHOUT_DATA: dict[str, Callable[[Group], Scores]] = {
 }
 
 
-def gradients(group: Group, batches: list[Any], run: Run) -> tuple[Tensor, ...]:
+def gradients(group: Group, batches: list[Any], run: Run) -> Sequence[Tensor]:
     """The sum over batches (and ranks) of the gradient of the loss, in eval mode."""
     parameters = list(group.parameters().values())
     total = tuple(torch.zeros_like(p) for p in parameters)
@@ -186,22 +186,6 @@ def gradients(group: Group, batches: list[Any], run: Run) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(loss_of(run, batch, index), parameters, allow_unused=True)
         total = tuple(t if g is None else t + g for t, g in zip(total, grads, strict=True))
     return reduced(total)
-
-
-def loss_of(run: Run, batch: Any, index: int) -> Tensor:
-    with torch.enable_grad():
-        loss = run(batch, index)
-    if loss is None or not loss.requires_grad:
-        raise CalibrationError("The step gave no loss with a gradient. Let it return the loss of the batch, a scalar.")
-    return loss
-
-
-def reduced(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The sum over ranks, in place."""
-    if distributed():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-    return tensors
 
 
 def snip(group: Group, batches: list[Any], run: Run) -> Scores:

@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_peft.callback import PEFT
 from lightning_peft.core import state
-from lightning_peft.core.calibration import CalibrationError, distributed, on_any_rank
+from lightning_peft.core.calibration import CalibrationError, on_any_rank, reduced
 from lightning_peft.core.fields import FieldError, positive
+from lightning_peft.core.gradients import untouched
 from lightning_peft.core.method import outside_frozen_networks
+from lightning_peft.core.scattered import forget
 from lightning_peft.core.sites import Site, find, roles, sites
 from lightning_peft.methods.calibrated import quiet, step_of, training_batches
 
@@ -94,22 +95,15 @@ class Surgical(PEFT, name="surgical", family="selective", paper="2210.11466", me
         batch_norms = [m for m in pl_module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         normed = {id(p) for m in batch_norms for p in m.parameters()}
         rated = {name: p for name, p in named.items() if id(p) not in normed}
-        flags = [(module, module.training) for module in pl_module.modules()]
         instead = "Leave rate='same', and give the optimizer a group for each tensor."
-        try:
-            with quiet(pl_module), training_batches(self, trainer, pl_module, instead) as given:
-                pl_module.eval()
-                run = step_of(pl_module)
-                losses = (run(batch, index) for index, batch in enumerate(given))
-                rates = self.rates(list(rated.values()), (loss for loss in losses if loss is not None))
-        finally:
-            for module, training in flags:
-                module.training = training
+        with quiet(pl_module), training_batches(self, trainer, pl_module, instead) as given, untouched(pl_module):
+            run = step_of(pl_module)
+            losses = (run(batch, index) for index, batch in enumerate(given))
+            rates = self.rates(list(rated.values()), (loss for loss in losses if loss is not None))
         found = dict.fromkeys(named, 0.0) | dict(zip(rated, rates, strict=True))
         vars(self).update(_rates=found, _rated=trainer.current_epoch)
-        for optimizer in trainer.optimizers if self.fresh else []:
-            for p in named.values():
-                optimizer.state.pop(p, None)
+        if self.fresh:
+            forget(named.values(), trainer.optimizers)
 
     def rates(self, parameters: Sequence[nn.Parameter], losses: Iterable[Tensor]) -> list[float]:
         """A factor for each tensor, from the gradients of each loss; neither values nor .grad change."""
@@ -161,7 +155,8 @@ class Norms:
         self.totals += self.totals.new_tensor([float(g.double().norm()) for g in grads])
 
     def rates(self) -> list[float]:
-        means = (summed(self.totals) / summed(self.totals.new_tensor(self.count))).tolist()
+        totals, count = reduced([self.totals, self.totals.new_tensor(self.count)])
+        means = (totals / count).tolist()
         norms = [float(p.detach().double().norm()) for p in self.parameters]
         found = [mean / norm if norm else None for mean, norm in zip(means, norms, strict=True)]
         largest = max((r for r in found if r is not None), default=0.0) or 1.0
@@ -187,7 +182,8 @@ class Signal:
             square += away * (g.float() - mean)
 
     def rates(self) -> list[float]:
-        count = int(summed(torch.tensor(self.count, device=self.means[0].device)))
+        (whole,) = reduced([torch.tensor(self.count, device=self.means[0].device)])
+        count = int(whole)
         if count < 2:
             raise CalibrationError("Surgical(rate='snr'): a variance needs 2 batches at least, and the data have one.")
         found = [self.ratio(mean, square, count) for mean, square in zip(self.means, self.squares, strict=True)]
@@ -196,13 +192,6 @@ class Signal:
 
     def ratio(self, mean: Tensor, square: Tensor, count: int) -> float:
         """Over `count` batches of all processes."""
-        whole = summed(mean * self.count) / count
-        variance = summed(square + self.count * (mean - whole).square()) / (count - 1)
+        whole = reduced([mean * self.count])[0] / count
+        variance = reduced([square + self.count * (mean - whole).square()])[0] / (count - 1)
         return float((whole.square() / (variance + EPS)).double().mean())
-
-
-def summed(value: Tensor) -> Tensor:
-    """The sum over all processes."""
-    if distributed():
-        dist.all_reduce(value)
-    return value
